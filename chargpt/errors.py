@@ -1,0 +1,68 @@
+"""The errors that users see, and the one place that turns them into an exit code.
+
+A `ChargptError` is a sentence for the user: what was wrong, where, what to do. Everything else that escapes is a
+bug of ours and keeps its traceback.
+"""
+
+import contextlib
+import errno
+import os
+import sys
+from collections.abc import Iterator
+
+EXIT_CODE = 2
+
+
+class ChargptError(Exception):
+    """Something the user can mend. The message says what was wrong, where, and what to do."""
+
+
+class ConfigError(ChargptError, ValueError):
+    """A knob with an unknown name, a wrong type, or a value out of range."""
+
+
+class CorpusError(ChargptError):
+    """A text that is missing, unreadable, too small, or not what its checksum says."""
+
+
+class TokenizerError(ChargptError, ValueError):
+    """Text that the vocabulary does not cover, or ids and tokenizers that do not belong together."""
+
+
+class CheckpointError(ChargptError):
+    """A checkpoint that is missing, damaged, of another format, or of another run."""
+
+
+class TrainingError(ChargptError):
+    """A run that cannot start or go on: a folder in use, a loss that is not finite, a machine without the device."""
+
+
+class Interrupted(ChargptError):
+    """The run was asked to stop (Ctrl-C, SIGTERM) and has saved its state."""
+
+
+@contextlib.contextmanager
+def user_errors() -> Iterator[None]:
+    """Run a command: an error for the user becomes one line on stderr and exit code 2, without a traceback.
+
+    Wrap imports of heavy libraries too, so that Ctrl-C while they load ends as quietly as anywhere else.
+    """
+    try:
+        yield
+        sys.stdout.flush()  # a closed pipe must show here, not while the interpreter shuts down
+    except ChargptError as error:
+        message = str(error)
+    except KeyboardInterrupt:
+        message = "stopped by Ctrl-C; nothing half-written was left behind"
+    except BrokenPipeError:
+        # The reader (`head`, say) has gone: not an error. stdout is pointed away so that the shutdown flush is silent.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        message = f"cannot write {error.filename or 'the output'}: {error.strerror}; free some space or choose another folder"
+    else:
+        return
+    print(f"chargpt: error: {message}", file=sys.stderr)
+    sys.exit(EXIT_CODE)
