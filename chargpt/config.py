@@ -91,17 +91,24 @@ class TransformerConfig:
                 f"the nearest n_embd that works is {max(1, round(self.n_embd / self.n_head)) * self.n_head}"
             )
         if self.n_kv_head is not None and (self.n_kv_head < 1 or self.n_head % self.n_kv_head):
-            raise ConfigError(f"n_head must be a multiple of n_kv_head, got n_head={self.n_head}, n_kv_head={self.n_kv_head}")
+            raise ConfigError(
+                f"n_head must be a multiple of n_kv_head, got n_head={self.n_head}, n_kv_head={self.n_kv_head}"
+            )
         if self.position == "rotary" and (self.n_embd // self.n_head) % 2:
             raise ConfigError(
                 f"rotary positions need an even head size, got n_embd / n_head = {self.n_embd // self.n_head}"
             )
         _require(self.mlp_width > 0, "mlp_width", self.mlp_width, "positive")
         if not self.residual and self.mlp != "none" and self.mlp_width != 1:
-            raise ConfigError(f"without residual the MLP has no projection back, so mlp_width must be 1, got {self.mlp_width}")
+            raise ConfigError(
+                f"without residual the MLP has no projection back, so mlp_width must be 1, got {self.mlp_width}"
+            )
         _require(0 <= self.dropout < 1, "dropout", self.dropout, "in [0, 1)")
         _require(
-            self.logit_softcap is None or self.logit_softcap > 0, "logit_softcap", self.logit_softcap, "positive or null"
+            self.logit_softcap is None or self.logit_softcap > 0,
+            "logit_softcap",
+            self.logit_softcap,
+            "positive or null",
         )
 
 
@@ -180,7 +187,7 @@ class TrainConfig:
         return self.batch_size * self.gradient_accumulation_steps * self.model.block_size
 
 
-# ----------------------------------------------------------------------------------------------- evaluation and sampling
+# ---------------------------------------------------------------------------------------------- evaluation and sampling
 
 
 @dataclass(frozen=True)
@@ -202,6 +209,7 @@ class SampleConfig:
     temperature: float = 0.8  # 0 takes the likeliest token
     top_k: int | None = None  # keep the k likeliest tokens
     top_p: float | None = None  # keep the likeliest tokens that together have this probability
+    unknown: Literal["strict", "replace", "skip"] = "strict"  # characters of a prompt that the vocabulary lacks
     seed: int = 1337
 
     def __post_init__(self) -> None:
@@ -247,7 +255,8 @@ class Params:
     def __post_init__(self) -> None:
         for name in self.ablation.variants:
             if name not in self.variants:
-                raise ConfigError(f"ablation.variants names {name!r}, which `variants` does not define{_nearest(name, self.variants)}")
+                hint = _nearest(name, self.variants)
+                raise ConfigError(f"ablation.variants names {name!r}, which `variants` does not define{hint}")
 
 
 # ------------------------------------------------------------------------------------------------------------- parsing
@@ -388,7 +397,8 @@ def _by_kind(choices: tuple[Any, ...], raw: Any, source: str, key: str) -> Any:
     kinds = {typing.get_args(typing.get_type_hints(choice)["kind"])[0]: choice for choice in choices}
     kind = raw.get("kind") if isinstance(raw, dict) else None
     if kind not in kinds:
-        raise ConfigError(f"{source}: {key}.kind must be one of {', '.join(kinds)}, got {kind!r}{_nearest(str(kind), kinds)}")
+        hint = _nearest(str(kind), kinds)
+        raise ConfigError(f"{source}: {key}.kind must be one of {', '.join(kinds)}, got {kind!r}{hint}")
     return kinds[kind]
 
 

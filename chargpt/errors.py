@@ -37,7 +37,7 @@ class TrainingError(ChargptError):
     """A run that cannot start or go on: a folder in use, a loss that is not finite, a machine without the device."""
 
 
-class Interrupted(ChargptError):
+class RunInterruptedError(ChargptError):
     """The run was asked to stop (Ctrl-C, SIGTERM) and has saved its state."""
 
 
@@ -61,7 +61,9 @@ def user_errors() -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
             raise
-        message = f"cannot write {error.filename or 'the output'}: {error.strerror}; free some space or choose another folder"
+        message = (
+            f"cannot write {error.filename or 'the output'}: {error.strerror}; free space or choose another folder"
+        )
     else:
         return
     print(f"chargpt: error: {message}", file=sys.stderr)

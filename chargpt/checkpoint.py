@@ -1,0 +1,236 @@
+"""Checkpoints: a folder of safetensors and JSON that needs nothing else, written whole or not at all.
+
+    checkpoint.json      format, model config, what was reached, and the SHA-256 of every other file and of itself
+    model.safetensors    the weights to use
+    tokenizer.json       the vocabulary they were trained with
+    state.safetensors    only where training can go on: optimizer, random streams, position in the data
+
+A run folder holds such folders as `step-000250` with two links: `last` to go on from, `best` to use. A link is
+replaced by a rename, so there is a whole checkpoint at every moment. Loading runs no code from disk.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+
+from chargpt.config import ModelConfig, parse
+from chargpt.errors import ChargptError, CheckpointError
+from chargpt.models import Model, build_model
+from chargpt.tokenizers import Tokenizer, load_tokenizer
+
+FORMAT = "chargpt-checkpoint"
+VERSION = 1
+DESCRIPTION, WEIGHTS, TOKENIZER, STATE = "checkpoint.json", "model.safetensors", "tokenizer.json", "state.safetensors"
+
+Tensors = dict[str, torch.Tensor]
+
+
+def save_checkpoint(
+    folder: Path,
+    model: Model,
+    tokenizer: Tokenizer,
+    summary: dict[str, Any],
+    state: Tensors | None = None,
+    training: dict[str, Any] | None = None,
+) -> None:
+    """Write a checkpoint folder: everything into a temporary folder beside it, flushed to disk, then one rename.
+
+    `summary` is plain data for readers (step, losses …); `state` and `training` are what resuming needs, as tensors
+    and as plain data. Raises CheckpointError when the disk refuses; what was there before stays as it was.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        _write(temporary / WEIGHTS, _to_bytes(model.state_dict()))
+        tokenizer.save(temporary / TOKENIZER)
+        if state is not None:
+            _write(temporary / STATE, _to_bytes(state))
+        content = {
+            "format": FORMAT,
+            "version": VERSION,
+            "model": dataclasses.asdict(model.config),
+            "vocab_size": model.vocab_size,
+            "tokenizer": tokenizer.fingerprint,
+            "summary": summary,
+            "training": training,
+            "files": {path.name: _sha256(path.read_bytes()) for path in sorted(temporary.iterdir())},
+        }
+        _write(temporary / DESCRIPTION, _seal(content))
+        temporary.chmod(0o755)  # mkdtemp makes it private
+        _sync_folder(temporary)
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+        _sync_folder(folder.parent)
+    except (OSError, safetensors.SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise CheckpointError(
+            f"could not save a checkpoint to {folder}: {reason}; earlier checkpoints are untouched. "
+            + (
+                "Free some disk space and go on"
+                if getattr(error, "errno", None) == errno.ENOSPC
+                else "Mend it and go on"
+            )
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def load_model(path: str | Path, device: torch.device | str = "cpu", kernels: str = "auto") -> tuple[Model, Tokenizer]:
+    """The model, in evaluation mode, and the tokenizer of a checkpoint (or of the best one in a run folder).
+
+    Raises CheckpointError when the checkpoint is missing, truncated, altered, or of another format.
+    """
+    folder = find_checkpoint(path)
+    content = read_description(folder)
+    tokenizer = load_tokenizer(folder / TOKENIZER)
+    with _damage(folder):
+        config: ModelConfig = parse(ModelConfig, content["model"], str(folder / DESCRIPTION))  # type: ignore[arg-type]
+        model = build_model(config, int(content["vocab_size"]), seed=0, kernels=kernels)
+        if content["tokenizer"] != tokenizer.fingerprint or tokenizer.vocab_size != model.vocab_size:
+            raise CheckpointError(
+                f"{folder} holds a model for another tokenizer ({model.vocab_size} symbols) than the one beside it "
+                f"({tokenizer.vocab_size} symbols); use the checkpoint as it was saved"
+            )
+        model.load_state_dict(_from_bytes((folder / WEIGHTS).read_bytes()))
+    return model.to(device).eval(), tokenizer
+
+
+def load_state(folder: Path) -> tuple[Tensors, Tensors, dict[str, Any]]:
+    """What resuming needs: the delivered weights, the state tensors, and the plain data that was saved with them."""
+    content = read_description(folder)
+    if content["training"] is None:
+        raise CheckpointError(f"{folder} holds a model to use, not a run to go on with; start a new run")
+    with _damage(folder):
+        weights, state = (_from_bytes((folder / name).read_bytes()) for name in (WEIGHTS, STATE))
+    return weights, state, content["training"]
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """The checked content of checkpoint.json: its seal, and the SHA-256 of every file it lists."""
+    path = folder / DESCRIPTION
+    with _damage(folder):
+        sealed = json.loads(path.read_bytes())
+        content: dict[str, Any] = sealed["content"]
+        if sealed["sha256"] != _sha256(_canonical(content)):
+            raise CheckpointError(f"{path} was altered after it was saved; use another checkpoint")
+        if content["format"] != FORMAT or content["version"] != VERSION:
+            raise CheckpointError(
+                f"{path} is of format {content['format']} {content['version']}, this version reads {FORMAT} {VERSION}"
+            )
+        for name, digest in content["files"].items():
+            if name not in (WEIGHTS, TOKENIZER, STATE):
+                raise CheckpointError(f"{path} lists {name!r}, which is no file of a checkpoint")
+            if not (folder / name).is_file():
+                raise CheckpointError(f"{folder / name} is missing; use another checkpoint")
+            if _sha256((folder / name).read_bytes()) != digest:
+                raise CheckpointError(f"{folder / name} is truncated or was altered; use another checkpoint")
+    return content
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The checkpoint that a user means: the folder itself, or the `best` (else `last`) one of a run folder."""
+    path = Path(path)
+    for candidate in (path, path / "best", path / "last"):
+        if (candidate / DESCRIPTION).is_file():
+            return candidate
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist; name the folder of a run or of a checkpoint")
+    raise CheckpointError(f"{path} holds no checkpoint (no {DESCRIPTION} in it, in best/ or in last/)")
+
+
+def export_checkpoint(source: Path, target: Path) -> None:
+    """Copy the part of a checkpoint that serves to use it, not to go on training: same bytes for the same model."""
+    model, tokenizer = load_model(source)
+    save_checkpoint(target, model, tokenizer, read_description(find_checkpoint(source))["summary"])
+
+
+# --------------------------------------------------------------------------------------------------------- run folders
+
+
+def point_to(run_folder: Path, name: str, checkpoint: str) -> None:
+    """Make the link `name` (best or last) lead to `checkpoint`, in one step."""
+    temporary = run_folder / f".{name}.link"
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(checkpoint, target_is_directory=True)
+    temporary.replace(run_folder / name)
+    _sync_folder(run_folder)
+
+
+def remove_unreferenced(run_folder: Path) -> None:
+    """Delete checkpoints that neither best nor last leads to, and what a killed process left half-written."""
+    kept = {(run_folder / name).resolve() for name in ("best", "last")}
+    for path in run_folder.iterdir():
+        if path.name.startswith((".step-", "step-")) and path.resolve() not in kept:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+# ------------------------------------------------------------------------------------------------------- bytes on disk
+
+
+def _seal(content: dict[str, Any]) -> bytes:
+    digest = _sha256(_canonical(content))
+    return json.dumps({"sha256": digest, "content": content}, indent=1, ensure_ascii=False).encode() + b"\n"
+
+
+def _canonical(content: dict[str, Any]) -> bytes:
+    return json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _to_bytes(tensors: Tensors) -> bytes:
+    return safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+
+
+def _from_bytes(data: bytes) -> Tensors:
+    return safetensors.torch.load(data)
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _damage(folder: Path) -> Any:
+    """Whatever a damaged file makes a reader stumble over becomes one CheckpointError."""
+    try:
+        yield
+    except ChargptError:
+        raise
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RuntimeError,
+        safetensors.SafetensorError,
+    ) as error:
+        raise CheckpointError(
+            f"{folder} is damaged ({type(error).__name__}: {error}); use another checkpoint"
+        ) from error

@@ -1,0 +1,210 @@
+"""Token files on disk, and the order in which training sees them.
+
+The one idea to know: a batch is a pure function of (seed, batch number), so resuming, or spreading a batch over
+ranks, needs no more state than a count.
+"""
+
+import contextlib
+import hashlib
+import math
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from chargpt.errors import CorpusError
+from chargpt.files import replaced_file
+from chargpt.tokenizers import Tokenizer, load_tokenizer
+
+Tokens = npt.NDArray[Any]  # (N,) unsigned integers of any width
+
+# --------------------------------------------------------------------------------------------------------------- files
+
+
+def write_tokens(path: Path, ids: Tokens) -> None:
+    """Write token ids (N,) as a .npy file, atomically: the dtype and the length stand in its header."""
+    with replaced_file(path) as file:
+        np.save(file, ids, allow_pickle=False)
+
+
+def read_tokens(path: Path) -> Tokens:
+    """Token ids (N,), memory-mapped. Raises CorpusError when the file is missing, cut short, or holds no tokens."""
+    try:
+        ids: Tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise CorpusError(f"{path} does not exist; make it with `dvc repro split`") from None
+    except (ValueError, EOFError, OSError) as error:
+        raise CorpusError(f"{path} is no token file, or is damaged ({error}); make it again") from None
+    if ids.ndim != 1 or ids.dtype.kind != "u":
+        raise CorpusError(f"{path} holds {ids.ndim}-d {ids.dtype}, not a list of token ids; make it again")
+    return ids
+
+
+@contextlib.contextmanager
+def replaced_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder that takes the place of `folder` when the block ends, and vanishes when it fails."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o755)  # mkdtemp makes it private
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Training and validation tokens, and the tokenizer that made them."""
+
+    train: Tokens  # (N_train,)
+    val: Tokens  # (N_val,)
+    tokenizer: Tokenizer
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over both parts and the tokenizer: two runs with equal fingerprints saw the same data."""
+        digest = hashlib.sha256(self.tokenizer.fingerprint.encode())
+        for part in (self.train, self.val):
+            digest.update(f"{part.dtype.str}{len(part)}".encode())
+            digest.update(np.ascontiguousarray(part).data)
+        return digest.hexdigest()
+
+    @cached_property
+    def val_with_context(self) -> Tokens:
+        """The last training token, then the validation part: each validation token has a predecessor to score it."""
+        return np.concatenate([self.train[-1:], self.val])  # (1 + N_val,)
+
+
+def write_splits(folder: Path, ids: Tokens, tokenizer: Tokenizer, val_fraction: float) -> None:
+    """Write the first part of `ids` (N,) as train.npy, the last `val_fraction` as val.npy, and the tokenizer.
+
+    The lecture's rule: n = int((1 - val_fraction) · N). Raises CorpusError when a part would be empty.
+    """
+    n_train = int((1 - val_fraction) * len(ids))
+    if n_train < 2 or n_train == len(ids):
+        raise CorpusError(
+            f"{len(ids)} tokens cannot be split with val_fraction {val_fraction}: "
+            f"one part would be empty; use a longer text or another val_fraction"
+        )
+    with replaced_folder(folder) as temporary:
+        write_tokens(temporary / "train.npy", ids[:n_train])
+        write_tokens(temporary / "val.npy", ids[n_train:])
+        tokenizer.save(temporary / "tokenizer.json")
+
+
+def load_splits(folder: Path) -> Splits:
+    """Open a folder that `write_splits` made. Raises CorpusError or TokenizerError when something is missing."""
+    return Splits(
+        train=read_tokens(folder / "train.npy"),
+        val=read_tokens(folder / "val.npy"),
+        tokenizer=load_tokenizer(folder / "tokenizer.json"),
+    )
+
+
+def require_size(splits: Splits, block_size: int) -> None:
+    """Raise CorpusError unless both parts hold a window of `block_size` tokens and its targets."""
+    largest = min(len(splits.train) - 1, len(splits.val))  # validation borrows its first context from training
+    if largest >= block_size:
+        return
+    total = len(splits.train) + len(splits.val)
+    val_fraction = len(splits.val) / total
+    needed = max(math.ceil(block_size / val_fraction), math.ceil((block_size + 1) / (1 - val_fraction)))
+    raise CorpusError(
+        f"the text has {total:,} tokens ({len(splits.train):,} to train, {len(splits.val):,} to validate), too few for "
+        f"block_size {block_size}: this split needs about {needed:,} tokens; or set block_size to at most {largest}"
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- batches
+
+Batch = tuple[torch.Tensor, torch.Tensor]  # inputs and targets, both (B, T) int64
+
+
+class BatchSource(Protocol):
+    """An endless source of batches whose position can be saved."""
+
+    def next(self) -> Batch: ...
+    def state_dict(self) -> dict[str, torch.Tensor]: ...
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None: ...
+
+
+def windows(tokens: Tokens, starts: npt.NDArray[np.int64], block_size: int) -> Batch:
+    """Inputs and targets (B, T) for windows that begin at `starts` (B,): targets are the inputs one token later."""
+    chunk = tokens[starts[:, None] + np.arange(block_size + 1)].astype(np.int64)  # (B, T + 1)
+    chunk_tensor = torch.from_numpy(chunk)
+    return chunk_tensor[:, :-1].contiguous(), chunk_tensor[:, 1:].contiguous()
+
+
+class EpochBatches:
+    """Every epoch is a seeded permutation of non-overlapping windows that begin at a random phase.
+
+    Sampling without replacement: each window of an epoch is seen once, and the phase moves the cuts from epoch to
+    epoch. A batch may straddle two epochs. With several ranks, each takes its rows of the same global batch.
+    """
+
+    def __init__(
+        self, tokens: Tokens, batch_size: int, block_size: int, seed: int, rank: int = 0, world_size: int = 1
+    ) -> None:
+        if batch_size % world_size:
+            raise ValueError(f"batch_size {batch_size} does not divide among {world_size} ranks")
+        self.tokens, self.batch_size, self.block_size, self.seed = tokens, batch_size, block_size, seed
+        self.rows = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
+        self.windows_per_epoch = max(1, (len(tokens) - block_size) // block_size)
+        slack = len(tokens) - 1 - self.windows_per_epoch * block_size
+        self.phases = min(block_size, slack + 1)
+        self.position = 0  # global batches drawn
+        self._epoch: tuple[int, npt.NDArray[np.int64]] | None = None
+
+    def epoch_starts(self, epoch: int) -> npt.NDArray[np.int64]:
+        """First tokens (W,) of the windows of an epoch, in the order in which they are drawn."""
+        if self._epoch is None or self._epoch[0] != epoch:
+            generator = np.random.Generator(np.random.PCG64([self.seed, epoch]))
+            phase = generator.integers(self.phases)
+            self._epoch = (epoch, phase + self.block_size * generator.permutation(self.windows_per_epoch))
+        return self._epoch[1]
+
+    def next(self) -> Batch:
+        first = self.position * self.batch_size
+        numbers = range(first, first + self.batch_size)[self.rows]
+        starts = [self.epoch_starts(n // self.windows_per_epoch)[n % self.windows_per_epoch] for n in numbers]
+        self.position += 1
+        return windows(self.tokens, np.array(starts), self.block_size)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {"position": torch.tensor(self.position)}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        self.position = int(state["position"])
+
+
+def random_batch(tokens: Tokens, batch_size: int, block_size: int, generator: torch.Generator | None) -> Batch:
+    """The lecture's batch: windows at `torch.randint` offsets, with replacement. None: torch's default generator."""
+    starts = torch.randint(len(tokens) - block_size, (batch_size,), generator=generator)
+    return windows(tokens, starts.numpy(), block_size)
+
+
+class RandomBatches:
+    """The lecture's and nanoGPT's sampling, from a generator of its own."""
+
+    def __init__(self, tokens: Tokens, batch_size: int, block_size: int, seed: int) -> None:
+        self.tokens, self.batch_size, self.block_size = tokens, batch_size, block_size
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def next(self) -> Batch:
+        return random_batch(self.tokens, self.batch_size, self.block_size, self.generator)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        self.generator.set_state(state["generator"])

@@ -1,0 +1,86 @@
+"""Three protocols for the loss, in nats per token; none of them touches the randomness of training.
+
+`full` scores every token exactly once in windows side by side: deterministic, and the number we choose by. `sliding`
+does the same with more context for each token. `nanogpt` averages random windows, for comparison with numbers that
+others published.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from chargpt.config import EvaluationConfig
+from chargpt.data import Tokens, random_batch
+from chargpt.kernels import softmax_cross_entropy
+from chargpt.models import Model
+
+TOKENS_PER_PASS = 8_192  # in one forward pass of `full` and `sliding`: bounds the memory, changes nothing else
+
+
+def full_loss(model: Model, tokens: Tokens, device: torch.device | str = "cpu") -> float:
+    """Mean loss over tokens[1:] of `tokens` (N,), each scored once, in non-overlapping windows of block_size."""
+    return sliding_loss(model, tokens, stride=model.block_size, device=device)
+
+
+@torch.no_grad()
+def sliding_loss(model: Model, tokens: Tokens, stride: int, device: torch.device | str = "cpu") -> float:
+    """Mean loss over tokens[1:] of `tokens` (N,), each scored once: windows of block_size move by `stride`.
+
+    Each window scores only the tokens that no earlier one did, so a token sees at least block_size − stride of
+    context once there is that much. A stride above block_size counts as block_size. The sum is in float64.
+    """
+    total, scored = 0.0, 0
+    with evaluating(model):
+        for idx, targets in _sliding_batches(tokens, model.block_size, min(stride, model.block_size)):
+            targets = targets.to(device)
+            logits, _ = model(idx.to(device))  # (B, T, V)
+            losses = softmax_cross_entropy(logits, targets, reduction="none", impl=model.kernels)  # (B, T)
+            total += losses.double().sum().item()
+            scored += int((targets >= 0).sum())
+    return total / scored
+
+
+@torch.no_grad()
+def nanogpt_loss(
+    model: Model, tokens: Tokens, config: EvaluationConfig, batch_size: int, device: torch.device | str = "cpu"
+) -> float:
+    """Mean loss over `config.nanogpt_batches` batches of random windows, from a generator seeded by `config.seed`."""
+    generator = torch.Generator().manual_seed(config.seed)
+    total = 0.0
+    with evaluating(model):
+        for _ in range(config.nanogpt_batches):
+            idx, targets = random_batch(tokens, batch_size, model.block_size, generator)
+            _, loss = model(idx.to(device), targets.to(device))
+            assert loss is not None
+            total += loss.item()
+    return total / config.nanogpt_batches
+
+
+@contextlib.contextmanager
+def evaluating(model: Model) -> Iterator[None]:
+    """Evaluation mode inside the block (no dropout), the former mode after it."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def _sliding_batches(tokens: Tokens, block_size: int, stride: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Windows (B, block_size) and their targets, where targets that an earlier window scored are −100 (ignored)."""
+    n = len(tokens) - 1  # targets to score
+    if n < 1:
+        raise ValueError("at least two tokens are needed to score one")
+    # The last window is moved back to end at the last target, and everything scored before it is ignored.
+    length = min(block_size, n)
+    starts = np.unique(np.minimum(np.arange(0, n - length + stride, stride), n - length))
+    first_unscored = np.concatenate([[0], starts[:-1] + length])  # target positions
+    per_pass = max(1, TOKENS_PER_PASS // block_size)
+    for i in range(0, len(starts), per_pass):
+        positions = starts[i : i + per_pass, None] + np.arange(length)  # (B, T)
+        targets = tokens[positions + 1].astype(np.int64)
+        targets[positions < first_unscored[i : i + per_pass, None]] = -100
+        yield torch.from_numpy(tokens[positions].astype(np.int64)), torch.from_numpy(targets)

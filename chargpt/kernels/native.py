@@ -1,0 +1,56 @@
+"""The compiled module `chargpt._native`, or one sentence that says why it cannot be used here.
+
+A module built against another torch may crash or miscompute, so the versions recorded by setup.py in `_native.json`
+are compared before the module is loaded.
+"""
+
+import functools
+import importlib
+import json
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+RECORD = Path(__file__).parents[1] / "_native.json"  # written by setup.py next to the module
+REBUILD = "build it again with `pip install --no-build-isolation -e .`"
+
+
+@dataclass(frozen=True)
+class Native:
+    """Exactly one of the two is None."""
+
+    module: ModuleType | None
+    problem: str | None  # why there is no module, and what to do
+
+
+@functools.cache
+def load() -> Native:
+    """Load `chargpt._native` once. Never raises: whatever is wrong becomes `problem`."""
+    problem = check_record(RECORD)
+    if problem is not None:
+        return Native(None, problem)
+    try:
+        return Native(importlib.import_module("chargpt._native"), None)
+    except (ImportError, OSError) as error:
+        return Native(None, f"the native module failed to load ({error}); {REBUILD}")
+
+
+def check_record(record: Path) -> str | None:
+    """Why the module that `record` describes must not be loaded by this Python and this torch; None when it may."""
+    try:
+        built = json.loads(record.read_text(encoding="utf-8"))
+        python, built_torch, problem = built["python"], built["torch"], built["problem"]
+    except FileNotFoundError:
+        return f"the native module was not built; {REBUILD}"
+    except (OSError, ValueError, TypeError, KeyError):
+        return f"the record of the native module's build, {record}, is damaged; {REBUILD}"
+    if problem is not None:
+        return f"the native module was not built: {problem}"
+    if python.split(".")[:2] != platform.python_version().split(".")[:2]:
+        return f"the native module was built for Python {python}, this is {platform.python_version()}; {REBUILD}"
+    if built_torch != torch.__version__:
+        return f"the native module was built against torch {built_torch}, this is {torch.__version__}; {REBUILD}"
+    return None

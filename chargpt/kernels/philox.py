@@ -1,0 +1,60 @@
+"""Philox 4x32-10, a counter-based random generator: four random words are a pure function of a counter and a key.
+
+So every dropout decision can be computed anywhere, in any order, from the position it belongs to. J. Salmon,
+M. Moraes, R. Dror, D. Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+"""
+
+import torch
+from torch import Tensor
+
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+WEYL = (0x9E3779B9, 0xBB67AE85)  # added to the key after each round
+ROUNDS = 10
+LOW = 0xFFFFFFFF
+
+
+def philox_4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """The four 32-bit words for each counter.
+
+    counter: four int64 tensors with values in [0, 2^32), of shapes that broadcast together
+    key: two int64 tensors with values in [0, 2^32), likewise
+    returns: four int64 tensors with values in [0, 2^32)
+
+    torch has no full set of operators on uint32, so words live in int64. Their 64-bit products wrap modulo 2^64, and
+    both halves are still right. Broadcasting is kept up for as long as a word depends on few counter words.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for round_ in range(ROUNDS):
+        if round_ > 0:
+            k0, k1 = (k0 + WEYL[0]) & LOW, (k1 + WEYL[1]) & LOW
+        p0, p1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
+        c0, c1, c2, c3 = ((p1 >> 32) & LOW) ^ (c1 ^ k0), p1 & LOW, ((p0 >> 32) & LOW) ^ (c3 ^ k1), p0 & LOW
+    return c0, c1, c2, c3
+
+
+def dropout_keep_mask(
+    seed: Tensor, p: float, batch_heads: int, queries: int, keys: int, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Which attention weights survive dropout: bool (batch_heads, queries, keys). The rule for all implementations:
+
+    - seed: a 0-dimensional int64; Philox's key is (seed mod 2^32, seed // 2^32).
+    - Philox's counter is (key position // 4, query position, batch · H + head, 0), and its output word j decides for
+      the key position with remainder j modulo 4.
+    - Positions are absolute: key s of the S keys has position s, query i of the T queries has position S − T + i.
+      So a decision does not depend on T, on S, or on how the work is tiled.
+    - A weight is dropped where its word is < floor(p · 2^32); the others are multiplied by 1 / (1 − p).
+    """
+
+    def words(start: int, end: int) -> Tensor:
+        return torch.arange(start, end, device=device)
+
+    blocks = (keys + 3) // 4
+    counter = (
+        words(0, blocks),  # (S/4)
+        words(keys - queries, keys)[:, None],  # (T, 1)
+        words(0, batch_heads)[:, None, None],  # (BH, 1, 1)
+        words(0, 1),  # (1)
+    )
+    random = torch.stack(philox_4x32(counter, (seed & LOW, (seed >> 32) & LOW)), dim=-1)  # (BH, T, S/4, 4)
+    return (random >= int(p * 2**32)).reshape(batch_heads, queries, 4 * blocks)[..., :keys]

@@ -1,0 +1,104 @@
+"""Where and how a model runs: device, precision, compilation and kernels, each chosen with its reason.
+
+`auto` never fails; asking by name for what this machine lacks is an error that says why.
+"""
+
+import contextlib
+import platform
+from dataclasses import dataclass
+
+import torch
+
+from chargpt.config import TrainConfig
+from chargpt.errors import ConfigError
+from chargpt.kernels import resolve
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What was chosen, and a line for each choice that says why."""
+
+    device: torch.device
+    precision: str  # fp32 or bf16 (autocast; weights and optimizer stay fp32)
+    compile: bool
+    kernels: str  # the implementation of attention and cross-entropy, or of both joined by +
+    reasons: tuple[str, ...]
+
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
+
+    def synchronize(self) -> None:
+        """Wait for work that a GPU still has queued, so that a clock read now is true."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def resolve_runtime(config: TrainConfig) -> Runtime:
+    """Decide what `config` leaves to `auto`. Raises ConfigError for a device or kernel that cannot run here."""
+    device, device_reason = _device(config.device)
+    precision, precision_reason = _precision(config.precision, device)
+    compiled, compile_reason = _compile(config.compile, device)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    attention = resolve("causal_attention", device, dtype, config.kernels)
+    cross_entropy = resolve("softmax_cross_entropy", device, dtype, config.kernels)
+    return Runtime(
+        device,
+        precision,
+        compiled,
+        attention.name if attention.name == cross_entropy.name else f"{attention.name}+{cross_entropy.name}",
+        (
+            f"device {device}: {device_reason}",
+            f"precision {precision}: {precision_reason}",
+            f"compile {'on' if compiled else 'off'}: {compile_reason}",
+            f"attention by {attention.name}: {attention.reason}",
+            f"cross-entropy by {cross_entropy.name}: {cross_entropy.reason}",
+        ),
+    )
+
+
+def device_name(device: torch.device) -> str:
+    """The name that the maker gave the device, for logs."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as cpuinfo:
+        for line in cpuinfo:
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _device(wanted: str) -> tuple[torch.device, str]:
+    if wanted == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda"), "a CUDA GPU is here"
+        return torch.device("cpu"), "no CUDA GPU is here"
+    try:
+        device = torch.device(wanted)
+    except RuntimeError:
+        raise ConfigError(f"device must be auto, cpu, cuda or cuda:N, got {wanted!r}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device must be auto, cpu, cuda or cuda:N, got {wanted!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise ConfigError(
+            f"device {wanted} was asked for, but torch {torch.__version__} sees {count} CUDA GPUs; use auto"
+        )
+    return device, "asked for"
+
+
+def _precision(wanted: str, device: torch.device) -> tuple[str, str]:
+    if wanted != "auto":
+        return wanted, "asked for"
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bf16", "the GPU multiplies bf16 on tensor cores"
+    if device.type == "cuda":
+        return "fp32", "the GPU has no bf16 tensor cores"
+    return "fp32", "on CPUs without matrix units bf16 gains little at these sizes"
+
+
+def _compile(wanted: str, device: torch.device) -> tuple[bool, str]:
+    if wanted != "auto":
+        return wanted == "always", "asked for"
+    if device.type == "cuda":
+        return True, "it fuses the small operations around the kernels"
+    return False, "on a CPU compiling takes longer than short runs gain"

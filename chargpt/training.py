@@ -1,0 +1,500 @@
+"""The training loop: a state, a step that moves it, and a checkpoint that holds all of it.
+
+The one idea to know: training is a function of its state alone. Evaluation, logging and saving read the state and
+touch none of its random streams, so a run that was killed and resumed ends with the same bits as one that was not.
+torch's default generator is the dropout stream; every other stream has a generator of its own.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import math
+import time
+import typing
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from chargpt import checkpoint
+from chargpt.config import EvaluationConfig, SampleConfig, TrackingConfig, TrainConfig, differences, flatten
+from chargpt.console import Interrupts, Progress, duration, say
+from chargpt.data import BatchSource, EpochBatches, RandomBatches, Splits, require_size
+from chargpt.errors import CheckpointError, RunInterruptedError, TrainingError
+from chargpt.evaluation import full_loss, nanogpt_loss, sliding_loss
+from chargpt.files import replaced_file
+from chargpt.models import Model, build_model, parameter_count
+from chargpt.optim import build_optimizers, learning_rate_scale, set_learning_rate
+from chargpt.runtime import Runtime, device_name, resolve_runtime
+from chargpt.sampling import generate_text
+from chargpt.tracking import DatasetDescription, Point, RunDescription, Tracker, open_tracker
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is to be trained, on what, and where it lives."""
+
+    variant: str
+    seed: int
+    config: TrainConfig
+    splits: Splits
+    corpus: str  # a name for people
+    folder: Path  # of this run alone: checkpoints, curve, metrics
+
+    def identity(self, runtime: Runtime) -> dict[str, Any]:
+        """Everything that decides the result, as flat plain data: a checkpoint goes on only under the same."""
+        chosen = {
+            "device": runtime.device.type,
+            "precision": runtime.precision,
+            "compile": runtime.compile,
+            "kernels": runtime.kernels,
+        }
+        return flatten(self.config) | chosen | {"seed": self.seed, "data": self.splits.fingerprint}
+
+
+@dataclass
+class State:
+    """All that training changes."""
+
+    model: Model
+    optimizers: list[torch.optim.Optimizer]
+    average: AveragedModel | None  # the exponential moving average of the weights
+    batches: BatchSource
+    step: int = 0  # optimizer steps done
+    seconds: float = 0.0  # spent in them
+    history: list[Point] = field(default_factory=list)
+    best: tuple[int, float] | None = None  # step and validation loss
+    run_id: str | None = None
+
+    @property
+    def delivered(self) -> Model:
+        """The model to evaluate, save and use: the averaged one where there is one."""
+        return typing.cast(Model, self.average.module) if self.average is not None else self.model
+
+
+def train(run: Run, evaluation: EvaluationConfig, tracking: TrackingConfig) -> dict[str, Any]:
+    """Train until the budget is spent, going on from the folder's last checkpoint if there is one.
+
+    Leaves in `run.folder`: best/ and last/ (checkpoints), curve.csv, sample.txt, and metrics.json, which it returns.
+    Raises TrainingError (folder in use or finished, loss not finite), CheckpointError (the last checkpoint is damaged,
+    or of another config), RunInterruptedError (SIGINT or SIGTERM, with everything saved), CorpusError (too few tokens).
+    """
+    require_size(run.splits, run.config.model.block_size)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    with _locked(run.folder), Interrupts() as interrupts:
+        if (run.folder / "metrics.json").exists():
+            raise TrainingError(
+                f"{run.folder} holds a finished run; choose another folder, or delete it to train again"
+            )
+        checkpoint.remove_unreferenced(run.folder)
+        runtime = resolve_runtime(run.config)
+        state = _new_state(run, runtime)
+        if (run.folder / "last").exists():
+            _resume(state, run, runtime)
+            say(f"going on from step {state.step} in {run.folder}")
+        for line in (*runtime.reasons, estimate(state, run, runtime)):
+            say(line)
+        tracker = open_tracker(tracking, _describe(run, runtime), state.run_id)
+        state.run_id = tracker.run_id
+        try:
+            _loop(state, run, runtime, tracker, interrupts)
+            return _finish(state, run, runtime, evaluation, tracker)
+        except (KeyboardInterrupt, RunInterruptedError):
+            tracker.finish("KILLED")
+            raise
+        except BaseException:
+            tracker.finish("FAILED")
+            raise
+
+
+# --------------------------------------------------------------------------------------------------------------- steps
+
+
+def training_step(
+    model: nn.Module,
+    optimizers: Sequence[torch.optim.Optimizer],
+    batches: BatchSource,
+    config: TrainConfig,
+    runtime: Runtime,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One optimizer step over `gradient_accumulation_steps` batches: mean loss and gradient norm, both ()."""
+    losses = []
+    for _ in range(config.gradient_accumulation_steps):
+        idx, targets = batches.next()
+        losses.append(_backward(model, idx, targets, config, runtime))
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    norm = nn.utils.get_total_norm(gradients)
+    if config.grad_clip is not None:
+        nn.utils.clip_grads_with_norm_(model.parameters(), config.grad_clip, norm)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return torch.stack(losses).mean(), norm
+
+
+def _backward(
+    model: nn.Module, idx: torch.Tensor, targets: torch.Tensor, config: TrainConfig, runtime: Runtime
+) -> torch.Tensor:
+    """Loss () of one batch, with its share of the gradient added to the parameters."""
+    idx, targets = (tensor.to(runtime.device, non_blocking=True) for tensor in (idx, targets))
+    with runtime.autocast():
+        _, loss = model(idx, targets)
+    (loss / config.gradient_accumulation_steps).backward()
+    return loss.detach()  # type: ignore[no-any-return]
+
+
+def _loop(state: State, run: Run, runtime: Runtime, tracker: Tracker, interrupts: Interrupts) -> None:
+    """Steps until the budget is spent, with a point of the curve, an evaluation and a checkpoint where they are due."""
+    config = run.config
+    model = typing.cast(Model, torch.compile(state.model)) if runtime.compile else state.model
+    state.model.train()
+    losses: list[torch.Tensor] = []
+    seconds_logged = state.seconds
+    with interrupts.deferred(), Progress(config, state.step, state.seconds) as progress:
+        if state.step == 0:
+            _evaluate_and_save(state, run, runtime, tracker, progress)
+        clock = _Clock(state)
+        while not _spent(state, config):
+            set_learning_rate(state.optimizers, _learning_rate_scale(state, config))
+            loss, norm = training_step(model, state.optimizers, state.batches, config, runtime)
+            if state.average is not None:
+                state.average.update_parameters(state.model)
+            losses.append(loss)
+            state.step += 1
+            clock.tick()
+            evaluate = state.step % config.eval_interval == 0 or _spent(state, config)
+            if evaluate or interrupts.requested or state.step % config.log_interval == 0:
+                mean_loss = torch.stack(losses).mean().item()  # waits for the GPU, so that the clock is true
+                clock.tick()
+                speed = len(losses) * config.tokens_per_step / (state.seconds - seconds_logged)
+                _record(state, run, mean_loss, norm.item(), speed)
+                progress.update(state.step, state.seconds, mean_loss, speed)
+                losses.clear()
+                seconds_logged = state.seconds
+            if evaluate:
+                _evaluate_and_save(state, run, runtime, tracker, progress)
+            elif interrupts.requested:
+                _save(state, run, runtime, tracker)
+            if interrupts.requested and not _spent(state, config):
+                raise RunInterruptedError(
+                    f"stopped at step {state.step} by {interrupts.requested}; everything is saved in {run.folder}, "
+                    f"and the same command goes on from there"
+                )
+            if evaluate:
+                clock.restart()
+
+
+def _spent(state: State, config: TrainConfig) -> bool:
+    if config.max_steps is not None:
+        return state.step >= config.max_steps
+    assert config.max_seconds is not None
+    return state.seconds >= config.max_seconds
+
+
+def _learning_rate_scale(state: State, config: TrainConfig) -> float:
+    if config.max_steps is not None:
+        warmup = min(config.schedule.warmup_steps, config.max_steps - 1)
+        progress = (state.step - warmup) / (config.max_steps - warmup)
+    else:
+        assert config.max_seconds is not None
+        progress = state.seconds / config.max_seconds
+    return learning_rate_scale(config.schedule, state.step, min(max(progress, 0.0), 1.0))
+
+
+def _record(state: State, run: Run, loss: float, norm: float, speed: float) -> None:
+    """Add a point to the curve. Raises TrainingError when the loss or the gradient is not finite."""
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        last = run.folder / "last"
+        raise TrainingError(
+            f"the training loss became {loss} (gradient norm {norm}) by step {state.step}; the last good checkpoint "
+            f"is {last.resolve()}. Lower the learning rate or set grad_clip, and train in another folder"
+        )
+    metrics = {
+        "train/loss": loss,
+        "train/grad_norm": norm,
+        "train/learning_rate": state.optimizers[0].param_groups[0]["lr"],
+        "train/tokens": float(state.step * run.config.tokens_per_step),
+        "train/seconds": state.seconds,
+        "perf/tokens_per_second": speed,
+    }
+    state.history.append(Point(state.step, time.time(), metrics))
+
+
+def _evaluate_and_save(state: State, run: Run, runtime: Runtime, tracker: Tracker, progress: Progress) -> None:
+    with runtime.autocast():
+        loss = full_loss(state.delivered, run.splits.val_with_context, runtime.device)
+    if not math.isfinite(loss):
+        raise TrainingError(
+            f"the validation loss became {loss} at step {state.step}; the last good checkpoint is "
+            f"{(run.folder / 'last').resolve()}. Lower the learning rate, and train in another folder"
+        )
+    metrics = {"val/loss": loss, "val/tokens": float(state.step * run.config.tokens_per_step)}
+    state.history.append(Point(state.step, time.time(), metrics))
+    if state.best is None or loss < state.best[1]:
+        state.best = (state.step, loss)
+    progress.report(state.step, state.seconds, loss)
+    _save(state, run, runtime, tracker)
+
+
+# --------------------------------------------------------------------------------------------------- state and its disk
+
+
+def stream_seed(seed: int, stream: str) -> int:
+    """The seed of a named random stream (init, batches, dropout): different names never share randomness."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{stream}".encode()).digest()[:8]) >> 1
+
+
+def _new_state(run: Run, runtime: Runtime) -> State:
+    """Everything at step 0. Seeds torch's default generators, which are the dropout stream."""
+    config, tokenizer = run.config, run.splits.tokenizer
+    model = build_model(config.model, tokenizer.vocab_size, stream_seed(run.seed, "init"), run.config.kernels)
+    model.to(runtime.device)
+    torch.manual_seed(stream_seed(run.seed, "dropout"))
+    average = None
+    if config.ema_decay is not None:
+        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))  # type: ignore[no-untyped-call]
+    source = EpochBatches if config.sampling == "epoch" else RandomBatches
+    batches = source(run.splits.train, config.batch_size, config.model.block_size, stream_seed(run.seed, "batches"))
+    return State(model, build_optimizers(model, config.optimizer), average, batches)
+
+
+def _save(state: State, run: Run, runtime: Runtime, tracker: Tracker) -> None:
+    """A checkpoint of everything, then what the tracker does not have yet: it never runs ahead of the disk."""
+    name = f"step-{state.step:06d}"
+    if not (run.folder / name).exists():  # the step a run was resumed at is saved already
+        checkpoint.save_checkpoint(
+            run.folder / name,
+            state.delivered,
+            run.splits.tokenizer,
+            summary={"variant": run.variant, "seed": run.seed, "step": state.step, "corpus": run.corpus},
+            state=_state_tensors(state),
+            training={
+                "identity": run.identity(runtime),
+                "step": state.step,
+                "seconds": state.seconds,
+                "history": [dataclasses.astuple(point) for point in state.history],
+                "best": state.best,
+                "run_id": state.run_id,
+            },
+        )
+    checkpoint.point_to(run.folder, "last", name)
+    if state.best is not None and state.best[0] == state.step:
+        checkpoint.point_to(run.folder, "best", name)
+    checkpoint.remove_unreferenced(run.folder)
+    _write_curve(state, run.folder / "curve.csv")
+    tracker.log(state.history)
+
+
+def _resume(state: State, run: Run, runtime: Runtime) -> None:
+    """Take over the last checkpoint. Raises CheckpointError when it is damaged or of another config."""
+    weights, tensors, training = checkpoint.load_state(run.folder / "last")
+    changed = differences(training["identity"], run.identity(runtime))
+    if changed:
+        raise CheckpointError(
+            f"{run.folder} holds a run under another config, which cannot go on under this one; train in another "
+            f"folder, or set back what changed:\n  " + "\n  ".join(changed)
+        )
+    _load_state_tensors(state, weights, tensors)
+    state.step, state.seconds, state.run_id = training["step"], training["seconds"], training["run_id"]
+    state.history = [Point(*point) for point in training["history"]]
+    state.best = None if training["best"] is None else tuple(training["best"])
+
+
+def _state_tensors(state: State) -> checkpoint.Tensors:
+    tensors = {f"batches/{name}": tensor for name, tensor in state.batches.state_dict().items()}
+    tensors["dropout/cpu"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        tensors["dropout/cuda"] = torch.cuda.get_rng_state()
+    for i, optimizer in enumerate(state.optimizers):
+        for index, values in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer/{i}/{index}/{key}": value for key, value in values.items()}
+    if state.average is not None:  # model.safetensors holds the average, so the weights themselves go here
+        tensors |= {f"weights/{name}": tensor for name, tensor in state.model.state_dict().items()}
+        tensors["average/n_averaged"] = state.average.n_averaged
+    return tensors
+
+
+def _load_state_tensors(state: State, weights: checkpoint.Tensors, tensors: checkpoint.Tensors) -> None:
+    groups: dict[str, checkpoint.Tensors] = defaultdict(dict)
+    for name, tensor in tensors.items():
+        group, _, rest = name.partition("/")
+        groups[group][rest] = tensor
+    state.delivered.load_state_dict(weights)
+    if state.average is not None:
+        state.model.load_state_dict(groups["weights"])
+        state.average.n_averaged.copy_(groups["average"]["n_averaged"])
+    state.batches.load_state_dict(groups["batches"])
+    torch.set_rng_state(groups["dropout"]["cpu"])
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state(groups["dropout"]["cuda"])
+    for i, optimizer in enumerate(state.optimizers):
+        loaded = optimizer.state_dict()
+        values: dict[int, checkpoint.Tensors] = defaultdict(dict)
+        for name, tensor in groups["optimizer"].items():
+            number, index, key = name.split("/")
+            if int(number) == i:
+                values[int(index)][key] = tensor
+        optimizer.load_state_dict(loaded | {"state": values})
+
+
+# ----------------------------------------------------------------------------------------------------- before and after
+
+
+def estimate(state: State, run: Run, runtime: Runtime) -> str:
+    """Parameters, memory and duration in one line, from a trial pass that leaves the state as it was."""
+    config = run.config
+    parameters = parameter_count(state.model)
+    activations, seconds = _trial(state, run, runtime)
+    numbers = parameters * (2 + (state.average is not None))  # weights, gradients, average
+    for optimizer in state.optimizers:  # Muon keeps one momentum for each weight, AdamW two
+        managed = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
+        numbers += managed * (1 if isinstance(optimizer, torch.optim.Muon) else 2)
+    if config.max_steps is not None:
+        training = seconds * config.gradient_accumulation_steps * (config.max_steps - state.step)
+    else:
+        assert config.max_seconds is not None
+        training = config.max_seconds - state.seconds
+    return (
+        f"{parameters:,} parameters, about {(4 * numbers + activations) / 2**20:,.0f} MiB of memory, "
+        f"about {duration(training)} of training"
+    )
+
+
+def _trial(state: State, run: Run, runtime: Runtime) -> tuple[int, float]:
+    """Bytes that one batch keeps for its backward pass, and seconds that both passes take."""
+    kept: dict[int, int] = {}
+
+    def measure(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    position = state.batches.state_dict()
+    state.model.train()
+    devices = [runtime.device] if runtime.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        for _ in range(2):  # the first pass pays for allocation
+            idx, targets = state.batches.next()
+            runtime.synchronize()
+            start = time.perf_counter()
+            with torch.autograd.graph.saved_tensors_hooks(measure, lambda tensor: tensor):
+                _backward(state.model, idx, targets, run.config, runtime)
+            runtime.synchronize()
+            seconds = time.perf_counter() - start
+    state.model.zero_grad(set_to_none=True)
+    state.batches.load_state_dict(position)
+    return sum(kept.values()) // 2, seconds
+
+
+def _finish(state: State, run: Run, runtime: Runtime, evaluation: EvaluationConfig, tracker: Tracker) -> dict[str, Any]:
+    """Evaluate the best checkpoint by every protocol, leave the results in the folder, and close the tracked run."""
+    assert state.best is not None
+    config = run.config
+    model, tokenizer = checkpoint.load_model(run.folder / "best", runtime.device, config.kernels)
+    val = run.splits.val_with_context
+    with runtime.autocast():
+        losses = {
+            "val_full": full_loss(model, val, runtime.device),
+            "val_nanogpt": nanogpt_loss(model, val, evaluation, config.batch_size, runtime.device),
+            "val_sliding": sliding_loss(model, val, evaluation.sliding_stride, runtime.device),
+        }
+        text = generate_text(model, tokenizer, "", SampleConfig(max_new_tokens=300), runtime.device)[0]
+    val_losses = [point.metrics["val/loss"] for point in state.history if "val/loss" in point.metrics]
+    metrics = {
+        "variant": run.variant,
+        "seed": run.seed,
+        "parameters": parameter_count(model),
+        "steps": state.step,
+        "tokens": state.step * config.tokens_per_step,
+        "seconds": round(state.seconds, 3),
+        "tokens_per_second": round(state.step * config.tokens_per_step / state.seconds, 1),
+        **losses,
+        "val_full_last": val_losses[-1],
+        "best_step": state.best[0],
+        "kernels": runtime.kernels,
+        "device": device_name(runtime.device),
+        "precision": runtime.precision,
+    }
+    _write_text(run.folder / "sample.txt", text)
+    _write_text(run.folder / "metrics.json", json.dumps(metrics, indent=1) + "\n")
+    tracker.finish(
+        "FINISHED",
+        summary={name: value for name, value in metrics.items() if isinstance(value, (int, float))},
+        artifacts=[run.folder / name for name in ("curve.csv", "sample.txt", "metrics.json")],
+        model=run.folder / "best",
+    )
+    return metrics
+
+
+def _describe(run: Run, runtime: Runtime) -> RunDescription:
+    """The run as a tracker shows it."""
+    fingerprint = run.splits.fingerprint
+    return RunDescription(
+        variant=run.variant,
+        seed=run.seed,
+        params=flatten(run.config) | {"seed": run.seed},
+        tags={
+            "corpus": run.corpus,
+            "splits_sha256": fingerprint,
+            "tokenizer_sha256": run.splits.tokenizer.fingerprint,
+            "kernels": runtime.kernels,
+            "precision": runtime.precision,
+            "device": device_name(runtime.device),
+            "torch": torch.__version__,
+        },
+        dataset=DatasetDescription(
+            run.corpus, fingerprint, {"train": len(run.splits.train), "val": len(run.splits.val)}
+        ),
+    )
+
+
+def _write_curve(state: State, path: Path) -> None:
+    """The whole curve as CSV: step, tokens, seconds, train_loss, val_loss, learning_rate; empty where not measured."""
+    rows: dict[int, dict[str, float]] = defaultdict(dict)
+    for point in state.history:
+        rows[point.step] |= point.metrics
+    lines = ["step,tokens,seconds,train_loss,val_loss,learning_rate"]
+    keys = ("train/tokens", "train/seconds", "train/loss", "val/loss", "train/learning_rate")
+    for step, metrics in sorted(rows.items()):
+        lines.append(",".join([str(step), *(f"{metrics[key]:.6g}" if key in metrics else "" for key in keys)]))
+    _write_text(path, "\n".join(lines) + "\n")
+
+
+def _write_text(path: Path, text: str) -> None:
+    with replaced_file(path) as file:
+        file.write(text.encode())
+
+
+class _Clock:
+    """Adds the time since the last tick to `state.seconds`; a restart leaves out evaluation and saving."""
+
+    def __init__(self, state: State) -> None:
+        self.state = state
+        self.restart()
+
+    def restart(self) -> None:
+        self.last = time.perf_counter()
+
+    def tick(self) -> None:
+        now = time.perf_counter()
+        self.state.seconds += now - self.last
+        self.last = now
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the folder for this process. Raises TrainingError when another one trains in it."""
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise TrainingError(
+                f"another process is training in {folder}; wait for it, stop it, or choose another folder"
+            ) from None
+        yield

@@ -1,0 +1,1 @@
+"""The stages of the pipeline: thin doors onto the library."""
