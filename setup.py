@@ -45,7 +45,7 @@ class BuildNative(build_ext):
         if os.environ.get("CHARGPT_NO_NATIVE", "0") not in ("", "0"):
             raise NotBuiltError("CHARGPT_NO_NATIVE was set during the install; install again without it")
         if not Path(sysconfig.get_path("include"), "Python.h").exists():
-            raise NotBuiltError("Python.h is missing; install Python's headers (Debian: python3-dev), then install again")
+            raise NotBuiltError("Python.h is missing; get Python's headers (Debian: python3-dev) and install again")
         require_compiler()
         try:
             import torch
@@ -63,6 +63,7 @@ class BuildNative(build_ext):
         ]
         command = BuildExtension(self.distribution)
         command.editable_mode, command.inplace = self.editable_mode, self.inplace
+        command.force = True  # objects left over from a build against another torch must not be linked again
         command.ensure_finalized()
         try:
             command.run()

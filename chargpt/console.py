@@ -39,11 +39,11 @@ class Progress:
         self.bar.update(self._position(step, seconds) - self.bar.n)
 
     def report(self, step: int, seconds: float, val_loss: float) -> None:
-        line = f"step {step:>6}  train {self.loss:.4f}  val {val_loss:.4f}"
-        if step and math.isfinite(self.speed):
+        line = f"step {step:>6}  val {val_loss:.4f}"
+        if math.isfinite(self.loss):
             total = self.config.max_steps or self.config.max_seconds or 1
             left = seconds * (total / self._position(step, seconds) - 1)
-            line += f"  {self.speed:,.0f} tokens/s  {duration(left)} left"
+            line += f"  train {self.loss:.4f}  {self.speed:,.0f} tokens/s  {duration(left)} left"
         say(line)
 
     def _position(self, step: int, seconds: float) -> float:

@@ -5,7 +5,6 @@ in order, and bytes take their place only when all of them are there and right. 
 unpacked to disk: the members are read in memory.
 """
 
-import codecs
 import contextlib
 import errno
 import fnmatch
@@ -149,8 +148,8 @@ class NpmPackage(Package):
         npm = shutil.which("npm")
         if npm is None:
             raise SourceError("the command npm is not installed")
-        network = [f"--fetch-timeout={NETWORK_TIMEOUT}000", "--fetch-retries=1"]
-        _run([npm, "pack", f"{self.name}@{self.version}", "--ignore-scripts", "--silent=false", *network], folder)
+        network = [f"--fetch-timeout={NETWORK_TIMEOUT}000", "--fetch-retries=1", "--fetch-retry-mintimeout=1000"]
+        _run([npm, "pack", f"{self.name}@{self.version}", "--ignore-scripts", "--loglevel=error", *network], folder)
         return folder / self.file
 
 
@@ -373,9 +372,7 @@ SOURCE_FAILURES = (
     tarfile.TarError,
     zipfile.BadZipFile,
     zlib.error,
-    LookupError,  # with the next two: an address or a page of the index that cannot be read
-    TypeError,
-    ValueError,
+    ValueError,  # an address that is none
 )
 
 
@@ -400,7 +397,7 @@ class Sink:
     def write(self, chunk: bytes) -> int:
         self.received += len(chunk)
         if self.received > self.size:
-            raise SourceError(f"it is longer than the {self.size:,} bytes of the text")
+            raise SourceError(f"it is longer than the {self.size:,} bytes it should have")
         self.digest.update(chunk)
         self.bar.update(len(chunk))
         return self.file.write(chunk)
@@ -460,10 +457,16 @@ def _run(command: list[str], folder: Path) -> str:
         check=False,
     )
     if result.returncode:
-        lines = [line for line in result.stderr.splitlines() if line.strip()] or [f"exit code {result.returncode}"]
-        telling = [line for line in lines if "error" in line.lower()] or lines
-        raise SourceError(telling[-1].strip())
+        raise SourceError(_complaint(result.stderr) or f"{Path(command[0]).name} ended with code {result.returncode}")
     return result.stdout
+
+
+def _complaint(stderr: str) -> str:
+    """What pip or npm says is wrong: the first two lines marked as errors, else the last line."""
+    complaints = re.findall(r"^(?:ERROR:|npm error) *(.+?) *$", stderr, re.MULTILINE)[:2]
+    if "connection broken by" in stderr:  # pip calls this a warning, and then only that no version was found
+        complaints.insert(0, "no connection to the package index")
+    return "; ".join(complaints or stderr.strip().splitlines()[-1:])
 
 
 def _index_url() -> str:
@@ -483,9 +486,12 @@ def _address_in_index(index_url: str, project: str, file: str) -> str:
     """Where the index has `file` of `project`: from its JSON page, or its HTML page where it has no JSON."""
     page_url = f"{index_url.rstrip('/')}/{project}/"
     with _open_url(page_url, "application/vnd.pypi.simple.v1+json, text/html;q=0.1") as response:
-        page = response.read().decode("utf-8")
+        page = response.read().decode("utf-8", "replace")
     if page.lstrip().startswith("{"):
-        links = [entry["url"] for entry in json.loads(page)["files"]]
+        try:
+            links = [str(entry["url"]) for entry in json.loads(page)["files"]]
+        except (ValueError, LookupError, TypeError):
+            raise SourceError("the package index gives a page that cannot be read") from None
     else:
         links = [html.unescape(link) for link in re.findall(r"""href\s*=\s*["']([^"'#]+)""", page)]
     for link in links:
@@ -555,9 +561,8 @@ def _select(members: Members, patterns: tuple[str, ...]) -> list[str]:
 
 def _require_encoding(encoding: str) -> None:
     try:
-        codecs.lookup(encoding)
-        b"".decode(encoding)
-    except (LookupError, ValueError):  # a codec between bytes and bytes is a LookupError of decode
+        "A".encode(encoding)
+    except (LookupError, ValueError):  # LookupError: also for codecs between bytes and bytes, such as hex
         raise CorpusError(f"corpus.encoding: no text encoding is called {encoding!r}; utf-8 is the usual one") from None
 
 

@@ -7,15 +7,15 @@ nothing is pickled. It needs `chargpt` installed.
 from typing import Any
 
 import mlflow.models
-import pandas as pd
-from mlflow.pyfunc import PythonModel, PythonModelContext
+import pandas as pd  # type: ignore[import-untyped]
+from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
 from chargpt.checkpoint import load_model
 from chargpt.config import SampleConfig
 from chargpt.sampling import generate_text
 
 
-class TextGenerator(PythonModel):  # type: ignore[misc]
+class TextGenerator(PythonModel):
     """`predict(prompts, params)` gives one text for each prompt, each drawn from the same seed."""
 
     def load_context(self, context: PythonModelContext) -> None:
@@ -27,7 +27,7 @@ class TextGenerator(PythonModel):  # type: ignore[misc]
         knobs = dict(params or {})
         knobs["top_k"] = knobs.get("top_k") or None  # 0: off, as MLflow's parameters have no null
         config = SampleConfig(**knobs)
-        return [generate_text(self.model, self.tokenizer, prompt, config)[0] for prompt in model_input["prompt"]]
+        return [generate_text(self.model, self.tokenizer, prompt, config)[0] for prompt in model_input.iloc[:, 0]]
 
 
 mlflow.models.set_model(TextGenerator())

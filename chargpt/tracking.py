@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -31,13 +32,13 @@ RESULT_FILES = ("chargpt", "csrc", "pipelines", "params.yaml", "dvc.yaml", "pypr
 
 
 @dataclass(frozen=True)
-class DatasetDescription:
-    """The data of a run, as the tracker shows it."""
+class Dataset:
+    """The data of a run."""
 
     name: str
-    digest: str  # MLflow keeps the first 36 characters
-    counts: dict[str, int] = field(default_factory=dict)  # tokens by split, vocabulary size …
-    source: str = ""  # a path or an address
+    digest: str  # MLflow shows the first 36 characters
+    train_tokens: int
+    val_tokens: int
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class RunDescription:
     seed: int
     params: dict[str, Any] = field(default_factory=dict)  # flat, dotted keys
     tags: dict[str, str] = field(default_factory=dict)  # hashes of corpus and splits, kernels, torch, device …
-    dataset: DatasetDescription | None = None
+    dataset: Dataset | None = None
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,8 @@ def open_tracker(config: TrackingConfig, run: RunDescription, run_id: str | None
     if not config.enabled:
         return NullTracker(run_id)
     try:
-        return _Forgiving(_MlflowTracker(config, run, run_id))
+        with warnings.catch_warnings(action="ignore"):
+            return _Forgiving(_MlflowTracker(config, run, run_id))
     except Exception as error:  # whatever a broken store, network or installation raises
         _warn_off("cannot start the run", config, error)
         return NullTracker(run_id)
@@ -146,7 +148,8 @@ class _Forgiving:
         if self._inner is None:
             return
         try:
-            action(self._inner)
+            with warnings.catch_warnings(action="ignore"):
+                action(self._inner)
         except Exception as error:  # whatever a broken store or network raises
             self._inner = None
             _warn_off(failure, self._config, error)
@@ -225,7 +228,7 @@ class _MlflowTracker:
     def _log_params(self, params: dict[str, Any]) -> None:
         from mlflow.entities import Param
 
-        # MLflow refuses or cuts values over 6000 characters, by its settings; cut here, it shows that something is gone.
+        # MLflow refuses or cuts values over 6000 characters, by its settings; cut here, it shows that there was more.
         texts = {key: text if len(text := str(value)) <= 6000 else text[:5999] + "…" for key, value in params.items()}
         for batch in _batches([Param(key, text) for key, text in texts.items()], 100):
             self._client.log_batch(self.run_id, params=batch)
@@ -236,27 +239,29 @@ class _MlflowTracker:
         for batch in _batches([RunTag(key, value) for key, value in tags.items()], 100):
             self._client.log_batch(self.run_id, tags=batch)
 
-    def _log_dataset(self, dataset: DatasetDescription) -> None:
-        from mlflow.entities import Dataset, DatasetInput, InputTag
+    def _log_dataset(self, dataset: Dataset) -> None:
+        from mlflow import entities
 
-        entity = Dataset(
+        entity = entities.Dataset(
             name=dataset.name,
             digest=dataset.digest[:36],
             source_type="local",
-            source=json.dumps({"uri": dataset.source}),
-            profile=json.dumps(dataset.counts),
+            source=json.dumps({"uri": dataset.name}),
+            profile=json.dumps({"train_tokens": dataset.train_tokens, "val_tokens": dataset.val_tokens}),
         )
-        self._client.log_inputs(self.run_id, [DatasetInput(entity, [InputTag("mlflow.data.context", "training")])])
+        context = entities.InputTag("mlflow.data.context", "training")
+        self._client.log_inputs(self.run_id, [entities.DatasetInput(entity, [context])])
 
     def _stored_steps(self, keys: list[str]) -> dict[str, int]:
         """The last stored step of every metric that this class logs."""
         own = [key for key in keys if not key.startswith("system/")]
-        return {key: max(m.step for m in self._client.get_metric_history(self.run_id, key)) for key in own}
+        return {key: max(metric.step for metric in self._client.get_metric_history(self.run_id, key)) for key in own}
 
     def _start_monitor(self, resumed: bool) -> Any:
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-        monitor = SystemMetricsMonitor(self.run_id, resume_logging=resumed, tracking_uri=self._store)
+        new_monitor: Any = SystemMetricsMonitor  # untyped
+        monitor = new_monitor(self.run_id, resume_logging=resumed, tracking_uri=self._store)
         monitor.start()
         return monitor
 
@@ -272,8 +277,8 @@ class _MlflowTracker:
         from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 
         signature = ModelSignature(
-            inputs=Schema([ColSpec("string", "prompt")]),
-            outputs=Schema([ColSpec("string", "text")]),
+            inputs=Schema([ColSpec("string")]),
+            outputs=Schema([ColSpec("string")]),
             params=ParamSchema([ParamSpec(key, kind, default) for key, kind, default in _SAMPLING_PARAMS]),
         )
         logged = self._client.create_logged_model(self._experiment_id, name="model", source_run_id=self.run_id)
@@ -477,23 +482,23 @@ def _quiet_mlflow() -> None:
 
 def _warn_off(failure: str, config: TrackingConfig, error: Exception) -> None:
     """One line: what failed, where, why, and what happens now."""
+    uri = store_uri(config)
     if isinstance(error, ModuleNotFoundError) and error.name == "mlflow":
         reason = "mlflow is not installed (pip install 'chargpt[pipeline]', or set tracking.enabled to false)"
     else:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    _warn(
-        f"MLflow at {_without_password(store_uri(config))} {failure}: {reason}; tracking is off for the rest of this run, "
-        "the local curve goes on"
-    )
+    message = f"MLflow at {uri} {failure}: {reason}; tracking is off for the rest of this run, the local curve goes on"
+    _warn(_without_login(message, uri))
 
 
 def _warn(message: str) -> None:
     print(f"chargpt: warning: {message}", file=sys.stderr, flush=True)
 
 
-def _without_password(uri: str) -> str:
-    parts = urlsplit(uri)
-    return uri.replace(f"{parts.netloc}", parts.netloc.rpartition("@")[2], 1) if "@" in parts.netloc else uri
+def _without_login(text: str, uri: str) -> str:
+    """`text` without the `user:password@` of the address `uri`."""
+    login, at, _ = urlsplit(uri).netloc.rpartition("@")
+    return text.replace(login + at, "") if at else text
 
 
 # -------------------------------------------------------------------------------------------------------------- the UI
@@ -508,7 +513,7 @@ def ui_command(config: TrackingConfig, port: int = 5000) -> list[str]:
     """
     uri = store_uri(config)
     if _is_server(uri):
-        raise ConfigError(f"tracking.uri is a server; its pages are at {_without_password(uri)}")
+        raise ConfigError(f"tracking.uri is a server; its pages are at {_without_login(uri, uri)}")
     options = {"--backend-store-uri": uri, "--host": "127.0.0.1", "--port": str(port), "--workers": "1"}
     return [sys.executable, "-m", "mlflow", "ui", *(word for option in options.items() for word in option)]
 
@@ -519,7 +524,7 @@ def ui_url(config: TrackingConfig, view: Literal["runs", "charts"] = "runs", por
     For a SQLite store, where `ui_command` serves it. The front page if the experiment is not known yet.
     """
     uri = store_uri(config)
-    base = _without_password(uri).rstrip("/") if _is_server(uri) else f"http://127.0.0.1:{port}"
+    base = _without_login(uri, uri).rstrip("/") if _is_server(uri) else f"http://127.0.0.1:{port}"
     experiment_id = _sqlite_experiment_id(uri, config.experiment)
     if experiment_id is None:
         return f"{base}/#/experiments"
@@ -540,4 +545,4 @@ def _sqlite_experiment_id(uri: str, name: str) -> str | None:
 
 
 def _page(uri: str, path: str) -> str | None:
-    return f"{_without_password(uri).rstrip('/')}/#/{path}" if _is_server(uri) else None
+    return f"{_without_login(uri, uri).rstrip('/')}/#/{path}" if _is_server(uri) else None

@@ -34,7 +34,7 @@ from chargpt.models import Model, build_model, parameter_count
 from chargpt.optim import build_optimizers, learning_rate_scale, set_learning_rate
 from chargpt.runtime import Runtime, device_name, resolve_runtime
 from chargpt.sampling import generate_text
-from chargpt.tracking import DatasetDescription, Point, RunDescription, Tracker, open_tracker
+from chargpt.tracking import Dataset, Point, RunDescription, Tracker, open_tracker
 
 
 @dataclass(frozen=True)
@@ -448,9 +448,7 @@ def _describe(run: Run, runtime: Runtime) -> RunDescription:
             "device": device_name(runtime.device),
             "torch": torch.__version__,
         },
-        dataset=DatasetDescription(
-            run.corpus, fingerprint, {"train": len(run.splits.train), "val": len(run.splits.val)}
-        ),
+        dataset=Dataset(run.corpus, fingerprint, len(run.splits.train), len(run.splits.val)),
     )
 
 

@@ -88,8 +88,9 @@ def causal_attention(
     seed = None
     if dropout_p > 0:
         seed = torch.randint(2**63 - 1, (), generator=generator)
-    attend = registry.function("causal_attention", q.device.type, q.dtype, impl)
-    return attend(  # type: ignore[no-any-return]
+    chosen = registry.IMPLEMENTATIONS[registry.choose("causal_attention", q.device.type, q.dtype, impl)]
+    assert chosen.causal_attention is not None
+    return chosen.causal_attention(  # type: ignore[no-any-return]
         q,
         k,
         v,
@@ -130,9 +131,10 @@ def softmax_cross_entropy(
     ValueError for tensors that do not fit together, ConfigError when `impl` cannot run.
     """
     _check_cross_entropy(logits, targets, label_smoothing, z_loss, softcap, reduction)
-    compute = registry.function("softmax_cross_entropy", logits.device.type, logits.dtype, impl)
+    chosen = registry.IMPLEMENTATIONS[registry.choose("softmax_cross_entropy", logits.device.type, logits.dtype, impl)]
+    assert chosen.softmax_cross_entropy is not None
     try:
-        return compute(  # type: ignore[no-any-return]
+        return chosen.softmax_cross_entropy(  # type: ignore[no-any-return]
             logits,
             targets,
             ignore_index=ignore_index,

@@ -70,7 +70,7 @@ def softmax_cross_entropy(
     with torch.autocast(logits.device.type, enabled=False):
         x = logits.to(_computing_dtype(logits)).reshape(-1, V)  # (N, V)
         y = targets.long().reshape(-1)  # (N)
-        ignored = y == ignore_index
+        valid = y != ignore_index
         if softcap is not None:
             x = softcap * torch.tanh(x / softcap)
         log_p = F.log_softmax(x, dim=-1)
@@ -80,12 +80,12 @@ def softmax_cross_entropy(
         if z_loss > 0:
             loss = loss + z_loss * x.logsumexp(dim=-1) ** 2
         if label_smoothing > 0 or z_loss > 0:
-            loss = loss.masked_fill(ignored, 0.0)
+            loss = loss.masked_fill(~valid, 0.0)
         if reduction == "none":
             return loss.view(targets.shape)
         if reduction == "sum":
             return loss.sum()
-        return loss.sum() / (~ignored).sum().clamp(min=1)
+        return loss.sum() / valid.sum().clamp(min=1)
 
 
 def _computing_dtype(x: Tensor) -> torch.dtype:

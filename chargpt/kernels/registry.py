@@ -5,7 +5,6 @@ operation on the tensor's device and dtype, and the last, the reference, serves 
 """
 
 import functools
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,32 +12,34 @@ from typing import Any, Literal
 import torch
 
 from chargpt.errors import ConfigError
-from chargpt.kernels import native
+from chargpt.kernels import native, reference
 
 Operation = Literal["causal_attention", "softmax_cross_entropy"]
 
 
 @dataclass(frozen=True)
 class Implementation:
-    """One implementation of both operations."""
+    """The functions take what the reference's take: checked arguments, and the dropout seed already drawn."""
 
     name: str
     summary: str
-    module: str | None  # holds a function for each operation; None: not in this version of chargpt
+    causal_attention: Callable[..., Any] | None = None  # None: not in this version of chargpt
+    softmax_cross_entropy: Callable[..., Any] | None = None
     devices: tuple[str, ...] | None = None  # device types it runs on; None: all
     dtypes: tuple[torch.dtype, ...] | None = None  # dtypes it takes; None: all floating ones
     problem: Callable[[], str | None] = lambda: None  # why it cannot run in this process
 
 
-def _missing(kind: str) -> Callable[[], str]:
-    return lambda: f"this version of chargpt has no {kind} kernels"
-
-
 IMPLEMENTATIONS = (
-    Implementation("cuda", "CUDA C++", None, ("cuda",), problem=_missing("CUDA")),
-    Implementation("triton", "Triton", None, ("cuda",), problem=_missing("Triton")),
-    Implementation("cpp", "C++ for the CPU", None, ("cpu",), problem=lambda: native.load().problem or _missing("C++")()),
-    Implementation("torch", "the reference in PyTorch, on any device", "chargpt.kernels.reference"),
+    Implementation("cuda", "CUDA kernels", devices=("cuda",)),
+    Implementation("triton", "Triton kernels", devices=("cuda",)),
+    Implementation("cpp", "C++ kernels for the CPU", devices=("cpu",), problem=lambda: native.load().problem),
+    Implementation(
+        "torch",
+        "the reference in PyTorch, on any device",
+        reference.causal_attention,
+        reference.softmax_cross_entropy,
+    ),
 )
 
 
@@ -52,14 +53,15 @@ class Choice:
 
 def available_implementations() -> tuple[str, ...]:
     """Names of the implementations that can run in this process, best first. "torch" is always among them."""
-    return tuple(entry.name for entry in IMPLEMENTATIONS if entry.problem() is None)
+    return tuple(entry.name for entry in IMPLEMENTATIONS if _absence(entry) is None)
 
 
 def describe_implementations() -> dict[str, str]:
     """For every known name, best first: "available: …", or "not available: …" with the reason."""
+    absences = {entry: _absence(entry) for entry in IMPLEMENTATIONS}
     return {
-        entry.name: f"available: {entry.summary}" if (problem := entry.problem()) is None else f"not available: {problem}"
-        for entry in IMPLEMENTATIONS
+        entry.name: f"available: {entry.summary}" if absence is None else f"not available: {absence}"
+        for entry, absence in absences.items()
     }
 
 
@@ -69,36 +71,47 @@ def resolve(operation: Operation, device: torch.device | str, dtype: torch.dtype
     Raises ConfigError when `impl` is unknown, or is asked for by name and cannot serve the call.
     """
     device_type = torch.device(device).type
-    refusals = {entry.name: _refusal(entry, device_type, dtype) for entry in IMPLEMENTATIONS}
+    refusals = {entry.name: _refusal(entry, operation, device_type, dtype) for entry in IMPLEMENTATIONS}
     if impl == "auto":
         name = next(name for name, refusal in refusals.items() if refusal is None)
-        better = list(refusals.items())[: list(refusals).index(name)]
-        return Choice(name, "; ".join(f"{other}: {refusal}" for other, refusal in better) or "the preferred one")
+        better = list(refusals)[: list(refusals).index(name)]
+        reasons = [f"not {other}, because {refusals[other]}" for other in better]
+        return Choice(name, "; ".join(reasons) or "first choice")
     if impl not in refusals:
-        raise ConfigError(f"kernels must be auto, {', '.join(refusals)}, got {impl!r}")
+        raise ConfigError(f"kernels must be one of auto, {', '.join(refusals)}; got {impl!r}")
     if refusals[impl] is not None:
         raise ConfigError(f"kernels={impl} cannot run {operation}: {refusals[impl]}; use kernels=auto or kernels=torch")
     return Choice(impl, "asked for by name")
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def function(operation: Operation, device_type: str, dtype: torch.dtype, impl: str) -> Callable[..., Any]:
-    """The function that carries out `operation`; resolved once for each combination. Raises as `resolve` does."""
-    return _function(operation, device_type, dtype, impl)
+def choose(operation: Operation, device_type: str, dtype: torch.dtype, impl: str) -> int:
+    """`resolve` for the hot path: an index into IMPLEMENTATIONS, found once for each combination of arguments.
+
+    torch.compile takes the index as a constant and does not trace the search.
+    """
+    return _choose(operation, device_type, dtype, impl)
 
 
 @functools.cache
-def _function(operation: Operation, device_type: str, dtype: torch.dtype, impl: str) -> Callable[..., Any]:
+def _choose(operation: Operation, device_type: str, dtype: torch.dtype, impl: str) -> int:
     name = resolve(operation, device_type, dtype, impl).name
-    module = next(entry.module for entry in IMPLEMENTATIONS if entry.name == name)
-    assert module is not None, f"{name} is available but has no module"
-    return getattr(importlib.import_module(module), operation)  # type: ignore[no-any-return]
+    return [entry.name for entry in IMPLEMENTATIONS].index(name)
 
 
-def _refusal(entry: Implementation, device_type: str, dtype: torch.dtype) -> str | None:
-    problem = entry.problem()
-    if problem is not None:
+def _absence(entry: Implementation) -> str | None:
+    if (problem := entry.problem()) is not None:
         return problem
+    if entry.causal_attention is None and entry.softmax_cross_entropy is None:
+        return f"this version of chargpt has no {entry.summary}"
+    return None
+
+
+def _refusal(entry: Implementation, operation: Operation, device_type: str, dtype: torch.dtype) -> str | None:
+    if (absence := _absence(entry)) is not None:
+        return absence
+    if getattr(entry, operation) is None:
+        return f"it has no {operation}"
     if entry.devices is not None and device_type not in entry.devices:
         return f"it runs on {' and '.join(entry.devices)}, not on {device_type}"
     if entry.dtypes is not None and dtype not in entry.dtypes:

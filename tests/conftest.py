@@ -1,0 +1,19 @@
+"""What several test files share: the one text that is really downloaded."""
+
+from pathlib import Path
+
+import pytest
+
+from chargpt.corpus import fetch
+from chargpt.errors import CorpusError
+
+
+@pytest.fixture(scope="session")
+def tiny_shakespeare(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tiny Shakespeare, through the catalogue and its sources, once per session."""
+    path = tmp_path_factory.mktemp("corpus") / "tiny_shakespeare.txt"
+    try:
+        fetch("tiny_shakespeare", path, progress=False)
+    except CorpusError as error:
+        pytest.skip(f"no source of Tiny Shakespeare can be reached: {error}")
+    return path

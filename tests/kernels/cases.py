@@ -1,0 +1,224 @@
+"""The inputs that every implementation of the kernels is tested on, and the truth for them.
+
+The twins below are written unlike `chargpt/kernels/reference.py` on purpose: float64, explicit loops over heads and
+rows, probabilities instead of log-softmax, and a Philox in plain Python integers.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class AttentionCase:
+    name: str
+    B: int = 2
+    H: int = 2
+    T: int = 7
+    D: int = 8
+    S: int | None = None  # None: T
+    H_kv: int | None = None  # None: H
+    packed: bool = False  # q, k and v are strided views of one (B, T, 3, H, D) projection
+    spread: float = 1.0  # standard deviation of q and k
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def inputs(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v as leaves that require gradients, or views of one that does."""
+        generator = torch.Generator().manual_seed(_seed(self.name))
+        S, H_kv = self.S or self.T, self.H_kv or self.H
+        if self.packed:
+            qkv = torch.randn(self.B, self.T, 3, self.H, self.D, generator=generator, dtype=torch.float64)
+            qkv = (self.spread * qkv).to(dtype).requires_grad_()
+            q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
+            return q, k, v
+        shapes = [(self.B, self.H, self.T, self.D), (self.B, H_kv, S, self.D), (self.B, H_kv, S, self.D)]
+        q, k, v = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+        return tuple(x.to(dtype).requires_grad_() for x in (self.spread * q, self.spread * k, v))  # type: ignore[return-value]
+
+
+# T and D: one, two, odd, and on both sides of a power of two, where tiles end. D = 31 cannot be loaded in whole vectors.
+ATTENTION_CASES = [
+    *(AttentionCase(f"T{T}", T=T) for T in (1, 2, 7, 63, 64, 65)),
+    *(AttentionCase(f"D{D}", D=D, T=9) for D in (1, 8, 31, 32, 64)),
+    AttentionCase("one_query_many_keys", T=1, S=70),
+    AttentionCase("more_keys_than_queries", T=5, S=66, D=32),
+    AttentionCase("grouped_heads", H=6, H_kv=2, T=33),
+    AttentionCase("one_kv_head", H=4, H_kv=1, T=17, S=20),
+    AttentionCase("window_1", T=65, options={"window": 1}),
+    AttentionCase("window_16", T=65, D=32, options={"window": 16}),
+    AttentionCase("window_over_all", T=9, options={"window": 100}),
+    AttentionCase("window_more_keys_grouped", H=4, H_kv=2, T=7, S=65, options={"window": 3}),
+    AttentionCase("scale", T=33, options={"scale": 0.3}),
+    AttentionCase("negative_scale", T=33, options={"scale": -1.0}),
+    AttentionCase("dropout", T=33, D=32, options={"dropout_p": 0.2}),
+    AttentionCase("dropout_more_keys_window_grouped", H=4, H_kv=2, T=7, S=66, options={"dropout_p": 0.7, "window": 9}),
+    AttentionCase("packed", T=64, D=32, packed=True),
+    AttentionCase("packed_dropout", T=65, D=31, packed=True, options={"dropout_p": 0.1}),
+    AttentionCase("sharp", T=64, D=32, spread=8.0),
+    AttentionCase("no_batch", B=0),
+    AttentionCase("no_queries", T=0, S=3),
+    AttentionCase("nothing", T=0),
+]
+
+
+@dataclass(frozen=True)
+class CrossEntropyCase:
+    name: str
+    shape: tuple[int, ...] = (6,)
+    V: int = 65
+    spread: float = 3.0  # standard deviation of the logits
+    ignored: float = 0.0  # share of ignored rows
+    minus_inf: bool = False  # some logits, none of them a target's, are −inf
+    strided: bool = False  # logits are a non-contiguous view
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def inputs(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+        """logits as a leaf that requires gradients (or a view of one), and targets."""
+        generator = torch.Generator().manual_seed(_seed(self.name))
+        logits = self.spread * torch.randn(*self.shape, self.V, generator=generator, dtype=torch.float64)
+        targets = torch.randint(self.V, self.shape, generator=generator)
+        if self.minus_inf:
+            hidden = torch.rand(logits.shape, generator=generator) < 0.3
+            logits = logits.masked_fill(hidden.scatter(-1, targets[..., None], False), -torch.inf)
+        rows = torch.rand(self.shape, generator=generator)
+        targets = targets.masked_fill(rows < self.ignored, self.options.get("ignore_index", -100))
+        if self.strided:
+            wide = torch.zeros(*self.shape, 2 * self.V, dtype=dtype)
+            wide[..., ::2] = logits
+            return wide.requires_grad_()[..., ::2], targets
+        return logits.to(dtype).requires_grad_(), targets
+
+
+CROSS_ENTROPY_CASES = [
+    *(CrossEntropyCase(f"V{V}", V=V) for V in (1, 2, 65, 1000)),
+    CrossEntropyCase("gpt2_vocabulary", shape=(3,), V=50257),
+    CrossEntropyCase("batch_and_time", shape=(3, 5)),
+    CrossEntropyCase("one_row_no_dimension", shape=()),
+    CrossEntropyCase("some_ignored", shape=(40,), ignored=0.4),
+    CrossEntropyCase("some_ignored_none", shape=(5, 8), ignored=0.4, options={"reduction": "none"}),
+    CrossEntropyCase("ignore_index_in_range", shape=(40,), V=5, ignored=0.3, options={"ignore_index": 2}),
+    CrossEntropyCase("all_ignored", ignored=1.0),
+    CrossEntropyCase("all_ignored_everything_on", ignored=1.0, options={"label_smoothing": 0.1, "z_loss": 0.1}),
+    CrossEntropyCase("sum", shape=(4, 7), options={"reduction": "sum"}),
+    CrossEntropyCase("smoothing", ignored=0.3, options={"label_smoothing": 0.1}),
+    CrossEntropyCase("smoothing_1", options={"label_smoothing": 1.0}),
+    CrossEntropyCase("z_loss", ignored=0.3, options={"z_loss": 0.01}),
+    CrossEntropyCase("softcap", options={"softcap": 5.0}),
+    CrossEntropyCase(
+        "everything",
+        shape=(4, 9),
+        V=1000,
+        ignored=0.3,
+        options={"label_smoothing": 0.1, "z_loss": 0.01, "softcap": 5.0, "reduction": "none"},
+    ),
+    CrossEntropyCase("huge", spread=1e4),
+    CrossEntropyCase("huge_softcap", spread=1e4, options={"softcap": 30.0}),
+    CrossEntropyCase("minus_inf", minus_inf=True),
+    CrossEntropyCase("strided", shape=(4, 5), strided=True),
+    CrossEntropyCase("no_rows", shape=(0,)),
+    CrossEntropyCase("no_rows_none", shape=(2, 0), options={"reduction": "none"}),
+]
+
+
+def naive_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    seed: int | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    window: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """O and lse, row by row: query i attends to the slice of keys it may see."""
+    B, H, T, D = q.shape
+    H_kv, S = k.shape[1:3]
+    scale = 1 / math.sqrt(D) if scale is None else scale
+    out, lse = torch.zeros_like(q), q.new_zeros(B, H, T)
+    for b in range(B):
+        for h in range(H):
+            keys, values = k[b, h * H_kv // H], v[b, h * H_kv // H]
+            for i in range(T):
+                last = S - T + i
+                first = 0 if window is None else max(0, last - window + 1)
+                scores = scale * (keys[first : last + 1] @ q[b, h, i])
+                top = scores.max()
+                weights = (scores - top).exp()
+                lse[b, h, i] = top + weights.sum().log()
+                p = weights / weights.sum()
+                if seed is not None:
+                    kept = [naive_keep(seed, dropout_p, b * H + h, last, s) for s in range(first, last + 1)]
+                    p = p * p.new_tensor(kept) / (1 - dropout_p)
+                out[b, h, i] = p @ values[first : last + 1]
+    return out, lse
+
+
+def naive_cross_entropy(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """Row by row; terms with weight zero are left out, so that 0 · ∞ never arises."""
+    V = logits.shape[-1]
+    losses = []
+    counted = 0
+    for x, y in zip(logits.reshape(-1, V), targets.reshape(-1).tolist(), strict=True):
+        if y == ignore_index:
+            losses.append(x.new_zeros(()))
+            continue
+        counted += 1
+        if softcap is not None:
+            x = softcap * (x / softcap).tanh()
+        top = x.max()
+        lse = top + (x - top).exp().sum().log()
+        loss = (1 - label_smoothing) * (lse - x[y]) + z_loss * lse * lse
+        if label_smoothing > 0:
+            loss = loss + label_smoothing * (lse - x).sum() / V
+        losses.append(loss)
+    per_row = torch.stack(losses) if losses else logits.new_zeros(0)
+    if reduction == "none":
+        return per_row.reshape(targets.shape)
+    return per_row.sum() / (max(counted, 1) if reduction == "mean" else 1)
+
+
+def naive_philox(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Philox 4x32-10 in Python integers (Salmon et al. 2011)."""
+    c, k = list(counter), list(key)
+    for _ in range(10):
+        high0, low0 = divmod(0xD2511F53 * c[0], 2**32)
+        high1, low1 = divmod(0xCD9E8D57 * c[2], 2**32)
+        c = [high1 ^ c[1] ^ k[0], low1, high0 ^ c[3] ^ k[1], low0]
+        k = [(k[0] + 0x9E3779B9) % 2**32, (k[1] + 0xBB67AE85) % 2**32]
+    return c[0], c[1], c[2], c[3]
+
+
+def naive_keep(seed: int, p: float, batch_head: int, query: int, key: int) -> bool:
+    """Whether dropout keeps the weight at these absolute positions."""
+    words = naive_philox((key // 4, query, batch_head, 0), (seed % 2**32, seed // 2**32))
+    return words[key % 4] >= math.floor(p * 2**32)
+
+
+def assert_as_right_as_torch(name: str, got: Tensor, truth: Tensor, torchs: Tensor) -> None:
+    """The rule for all numerics: err at most the larger of twice torch's own error and one rounding to the dtype.
+
+    got: what is tested; torchs: PyTorch's plain path in the same dtype; truth: float64
+    """
+    assert got.dtype == torchs.dtype, name
+    assert got.shape == truth.shape == torchs.shape, name
+    if got.numel() == 0:
+        return
+    error = (got.double() - truth).abs().max().item()
+    allowed = max(2 * (torchs.double() - truth).abs().max().item(), torch.finfo(got.dtype).eps * truth.abs().max().item())
+    assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+def _seed(name: str) -> int:
+    return sum(ord(c) * 31**i for i, c in enumerate(name)) % 2**31

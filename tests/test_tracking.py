@@ -1,0 +1,419 @@
+"""Tracking against real SQLite stores: what a run shows, exactly-once curves, and stores that fail."""
+
+import math
+import os
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chargpt import tracking
+from chargpt.checkpoint import save_checkpoint
+from chargpt.config import BigramConfig, SampleConfig, TrackingConfig
+from chargpt.errors import ConfigError
+from chargpt.models import build_model
+from chargpt.sampling import generate_text
+from chargpt.tokenizers.character import CharacterTokenizer
+from chargpt.tracking import Dataset, Point, RunDescription, open_tracker
+
+CONFIG = TrackingConfig(system_metrics=False)
+RUN = RunDescription(
+    variant="bigram",
+    seed=7,
+    params={"model.kind": "bigram", "optimizer.beta1": 0.9, "note": "x" * 6001} | {f"many.{i}": i for i in range(150)},
+    tags={"torch": "2.13.0", "kernels": "torch"},
+    dataset=Dataset("tiny_shakespeare", "d" * 64, train_tokens=1_003_854, val_tokens=111_540),
+)
+
+
+def curve(last: int, first: int = 1) -> list[Point]:
+    return [Point(step, 1.7e9 + step, {"train/loss": 1 / step}) for step in range(first, last + 1)]
+
+
+def git(folder: Path, *arguments: str) -> str:
+    identity = ["-c", "user.name=Test", "-c", "user.email=test@localhost"]
+    command = ["git", "-C", str(folder), *identity, *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def make_repository(folder: Path) -> str:
+    (folder / "chargpt").mkdir(parents=True)
+    (folder / "chargpt" / "model.py").write_text("width = 1\n")
+    (folder / "params.yaml").write_text("seed: 1\n")
+    git(folder, "init", "--quiet")
+    git(folder, "add", ".")
+    git(folder, "commit", "--quiet", "--message", "first")
+    return git(folder, "rev-parse", "HEAD")
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A git repository whose store the tests share: making one takes seconds. The space is part of the test."""
+    root = tmp_path_factory.mktemp("a project")
+    make_repository(root)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DVC_ROOT", str(root))
+        yield root
+
+
+@pytest.fixture(autouse=True)
+def _in_project(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(project)
+
+
+@pytest.fixture
+def client(project: Path) -> Any:
+    tracking._quiet_mlflow()
+    from mlflow import MlflowClient
+
+    return MlflowClient(f"sqlite:///{project}/mlflow.db")
+
+
+def history(client: Any, run_id: str, key: str = "train/loss") -> list[tuple[int, float]]:
+    return sorted((metric.step, metric.value) for metric in client.get_metric_history(run_id, key))
+
+
+# ------------------------------------------------------------------------------------------------------- what a run is
+
+
+def test_run_shows_what_it_is(project: Path, monkeypatch: pytest.MonkeyPatch, client: Any) -> None:
+    monkeypatch.setenv("DVC_EXP_NAME", "brave-experiment")
+    monkeypatch.setenv("DVC_STAGE", "train@bigram-7")
+    commit = git(project, "rev-parse", "HEAD")
+    tracker = open_tracker(CONFIG, RUN)
+    assert tracker.run_id is not None
+    assert tracker.url is None  # no server shows it yet
+    tracker.finish("FINISHED")
+
+    run = client.get_run(tracker.run_id)
+    assert run.info.run_name == f"bigram-s7-{commit[:7]}"
+    assert client.get_experiment(run.info.experiment_id).name == "chargpt"
+    assert {key: value for key, value in run.data.tags.items() if key != "mlflow.runName"} == {
+        "variant": "bigram",
+        "seed": "7",
+        "torch": "2.13.0",
+        "kernels": "torch",
+        "mlflow.source.git.commit": commit,
+        "git.dirty": "false",
+        "dvc.experiment": "brave-experiment",
+        "dvc.stage": "train@bigram-7",
+    }
+    assert run.data.params["optimizer.beta1"] == "0.9"
+    assert run.data.params["note"] == "x" * 5999 + "…"
+    assert len(run.data.params) == len(RUN.params)
+    [data] = run.inputs.dataset_inputs
+    assert (data.dataset.name, data.dataset.digest) == ("tiny_shakespeare", "d" * 36)
+    assert '"val_tokens": 111540' in data.dataset.profile
+
+
+@pytest.mark.parametrize(
+    ("path", "dirty"),
+    [("params.yaml", True), ("chargpt/model.py", True), ("chargpt/new.py", True), ("notes.txt", False)],
+)
+def test_dirty_means_a_file_that_makes_results(tmp_path: Path, path: str, dirty: bool) -> None:
+    commit = make_repository(tmp_path)
+    assert tracking.git_state(tmp_path) == tracking.GitState(commit, dirty=False)
+    (tmp_path / path).write_text("changed\n")
+    assert tracking.git_state(tmp_path / "chargpt") == tracking.GitState(commit, dirty)
+
+
+def test_without_git_the_name_has_no_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    monkeypatch.chdir(tmp_path)
+    assert tracking.git_state(tmp_path) is None
+    monkeypatch.setenv("PATH", "")  # not installed
+    assert tracking.git_state(tmp_path) is None
+    assert tracking._run_name(RUN, tracking._all_tags(RUN)) == "bigram-s7"
+
+
+@pytest.mark.parametrize("uri", [None, "sqlite:///mlflow.db"])
+def test_store_lies_at_the_root_wherever_the_process_runs(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uri: str | None
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert tracking.store_uri(TrackingConfig(uri=uri)) == f"sqlite:///{project}/mlflow.db"
+    monkeypatch.delenv("DVC_ROOT")
+    monkeypatch.chdir(project / "chargpt")  # the top of the repository
+    assert tracking.store_uri(TrackingConfig(uri=uri)) == f"sqlite:///{project}/mlflow.db"
+
+
+# ---------------------------------------------------------------------------------------------------------- the curve
+
+
+def test_long_curve_is_stored_whole(client: Any) -> None:
+    points = curve(1500)  # more than one batch
+    odd = [Point(1501, 1.8e9, {"train/loss": math.nan}), Point(1502, 1.8e9, {"train/loss": -math.inf})]
+    tracker = open_tracker(CONFIG, RUN)
+    tracker.log(points[:700])
+    tracker.log(points + odd)
+    tracker.finish("FAILED")
+    assert tracker.run_id is not None
+    stored = history(client, tracker.run_id)
+    assert stored[:1500] == [(point.step, point.metrics["train/loss"]) for point in points]
+    assert math.isnan(stored[1500][1])
+    assert stored[1501][1] < -1e300
+
+
+def test_resumed_run_stores_each_step_once(client: Any) -> None:
+    killed = open_tracker(CONFIG, RUN)  # never told to finish, as after SIGKILL
+    killed.log(curve(20))
+    assert killed.run_id is not None
+    assert client.get_run(killed.run_id).info.status == "RUNNING"
+    client.log_metric(killed.run_id, "val/loss", 0.5, step=10)  # one metric further than the other
+    client.set_terminated(killed.run_id, "KILLED")
+
+    # The checkpoint was of step 10: steps 11 to 20 are computed, and timed, again.
+    again = [Point(p.step, p.time + 60, p.metrics | {"val/loss": float(p.step)}) for p in curve(30, first=11)]
+    resumed = open_tracker(
+        CONFIG, RunDescription("bigram", 7, {**RUN.params, "new": 1}, {"torch": "2.14"}), killed.run_id
+    )
+    assert resumed.run_id == killed.run_id
+    assert client.get_run(resumed.run_id).info.status == "RUNNING"
+    resumed.log(curve(10) + again[:15])
+    resumed.log(curve(10) + again)
+    resumed.finish("FINISHED")
+
+    run = client.get_run(resumed.run_id)
+    assert run.info.status == "FINISHED"
+    assert [step for step, _ in history(client, run.info.run_id)] == list(range(1, 31))
+    assert [step for step, _ in history(client, run.info.run_id, "val/loss")] == list(range(10, 31))
+    assert run.data.params["new"] == "1"
+    assert (run.data.tags["torch"], run.data.tags["resumed.torch"]) == ("2.13.0", "2.14")
+    assert "resumed.variant" not in run.data.tags
+    assert len(run.inputs.dataset_inputs) == 1
+
+
+@pytest.mark.parametrize("deleted", [True, False])
+def test_run_that_is_gone_starts_anew_with_its_whole_curve(
+    client: Any, capsys: pytest.CaptureFixture[str], deleted: bool
+) -> None:
+    gone = "0" * 32
+    if deleted:
+        gone = str(open_tracker(CONFIG, RUN).run_id)
+        client.delete_run(gone)
+    tracker = open_tracker(CONFIG, RUN, gone)
+    assert tracker.run_id not in (None, gone)
+    assert gone in capsys.readouterr().err
+    tracker.log(curve(5))
+    assert len(history(client, str(tracker.run_id))) == 5
+
+
+@pytest.mark.parametrize("status", ["FINISHED", "FAILED", "KILLED"])
+def test_finish_leaves_status_summary_and_files(
+    project: Path, tmp_path: Path, client: Any, status: tracking.RunStatus
+) -> None:
+    (tmp_path / "curve.csv").write_text("step,loss\n")
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples" / "romeo.txt").write_text("ROMEO:")
+    tracker = open_tracker(CONFIG, RUN)
+    tracker.log(curve(5))
+    tracker.finish(status, {"best/val_loss": 1.5}, [tmp_path / "curve.csv", tmp_path / "samples"])
+    run = client.get_run(str(tracker.run_id))
+    assert run.info.status == status
+    assert run.info.end_time is not None
+    assert history(client, run.info.run_id, "best/val_loss") == [(5, 1.5)]
+    artifacts = project / "mlartifacts" / run.info.run_id / "artifacts"
+    assert (artifacts / "curve.csv").read_text() == "step,loss\n"
+    assert (artifacts / "samples" / "romeo.txt").read_text() == "ROMEO:"
+
+
+def test_system_metrics_go_on_after_a_resume(monkeypatch: pytest.MonkeyPatch, client: Any) -> None:
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.1")
+    key, run_id, steps = "system/cpu_utilization_percentage", None, 0
+    for _ in range(2):
+        tracker = open_tracker(TrackingConfig(), RUN, run_id)
+        run_id = str(tracker.run_id)
+        deadline = time.monotonic() + 60
+        while len(history(client, run_id, key)) <= steps and time.monotonic() < deadline:
+            time.sleep(0.1)
+        tracker.finish("KILLED")
+        stored = [step for step, _ in history(client, run_id, key)]
+        assert len(stored) > steps
+        assert stored == list(range(len(stored)))
+        steps = len(stored)
+
+
+# ---------------------------------------------------------------------------------------------------------- the model
+
+
+def test_logged_model_loads_back_and_generates(project: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    tokenizer = CharacterTokenizer("\nabc")
+    model = build_model(BigramConfig(), tokenizer.vocab_size, seed=1)
+    save_checkpoint(tmp_path / "checkpoint", model, tokenizer, {})
+    (tmp_path / "best").symlink_to("checkpoint")
+    tracker = open_tracker(CONFIG, RUN)
+    tracker.finish("FINISHED", model=tmp_path / "best")
+    (tmp_path / "checkpoint").rename(tmp_path / "away")  # the store has its own copy
+
+    import mlflow
+    import pandas as pd
+
+    mlflow.set_tracking_uri(f"sqlite:///{project}/mlflow.db")
+    loaded = mlflow.pyfunc.load_model(f"runs:/{tracker.run_id}/model")
+    params = {"max_new_tokens": 20, "temperature": 0.5, "top_k": 2, "seed": 3}
+    config = SampleConfig(max_new_tokens=20, temperature=0.5, top_k=2, seed=3)
+    expected = [generate_text(model, tokenizer, prompt, config)[0] for prompt in ("ab", "")]
+    assert loaded.predict(["ab", ""], params=params) == expected
+    assert loaded.predict(pd.DataFrame({"prompt": ["ab", ""]}), params=params) == expected
+    assert len(loaded.predict(["a"])[0]) == 501
+    assert not list((project / "mlartifacts").rglob("*.pkl"))
+    assert [str(warning.message) for warning in recwarn if issubclass(warning.category, UserWarning)] == []
+    assert not any((project / name).exists() for name in ("mlruns", "chargpt/mlflow.db"))
+
+
+# ----------------------------------------------------------------------------------------------------- stores that fail
+
+
+def broken_store(kind: str, folder: Path) -> str:
+    if kind == "closed port":
+        return "http://user:secret@127.0.0.1:9"
+    if kind == "damaged":
+        (folder / "mlflow.db").write_bytes(b"no database " * 1000)
+    if kind == "folder in its place":
+        (folder / "mlflow.db").mkdir()
+    if kind == "not writable":
+        return "sqlite:////proc/nowhere/mlflow.db"  # where even root may not write
+    if kind == "no store at all":
+        return "carrier-pigeon://home"
+    return f"sqlite:///{folder}/mlflow.db"
+
+
+@pytest.mark.timeout(60)  # MLflow's own settings would retry for minutes
+@pytest.mark.parametrize("kind", ["closed port", "damaged", "folder in its place", "not writable", "no store at all"])
+def test_store_that_cannot_open_costs_one_warning(tmp_path: Path, capfd: pytest.CaptureFixture[str], kind: str) -> None:
+    config = TrackingConfig(uri=broken_store(kind, tmp_path))
+    tracker = open_tracker(config, RUN, "an id from a checkpoint")
+    tracker.log(curve(3))
+    tracker.finish("FINISHED", {"best/val_loss": 1.0}, [tmp_path / "missing"], tmp_path / "missing")
+    output = capfd.readouterr()
+    [line] = output.err.splitlines()
+    assert line.startswith("chargpt: warning: MLflow at ")
+    assert "cannot start the run" in line
+    assert "the local curve goes on" in line
+    assert "secret" not in line
+    assert output.out == ""
+    assert tracker.run_id == "an id from a checkpoint"  # for a resume when the store is back
+
+
+def test_mlflow_that_is_not_installed_costs_one_warning(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    assert open_tracker(CONFIG, RUN).run_id is None
+    [line] = capsys.readouterr().err.splitlines()
+    assert "mlflow is not installed" in line
+
+
+def test_store_locked_during_the_run_costs_one_warning(
+    project: Path, client: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    tracker = open_tracker(CONFIG, RUN)
+    tracker.log(curve(2))
+    with sqlite3.connect(project / "mlflow.db") as other:
+        other.execute("BEGIN IMMEDIATE")
+        tracker.log(curve(4))
+        other.rollback()
+    tracker.log(curve(6))
+    tracker.finish("FINISHED")
+    [line] = capfd.readouterr().err.splitlines()
+    assert "cannot log metrics: OperationalError: database is locked" in line
+    assert len(history(client, str(tracker.run_id))) == 2
+    assert open_tracker(CONFIG, RUN, tracker.run_id).run_id == tracker.run_id  # resuming later mends it
+
+
+def test_missing_artifact_still_ends_the_run(tmp_path: Path, client: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    tracker = open_tracker(CONFIG, RUN)
+    tracker.finish("FINISHED", artifacts=[tmp_path / "missing.csv"])
+    [line] = capfd.readouterr().err.splitlines()
+    assert "cannot finish the run" in line
+    assert client.get_run(str(tracker.run_id)).info.status == "FINISHED"
+
+
+def test_ctrl_c_passes_through(monkeypatch: pytest.MonkeyPatch, client: Any) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    tracker = open_tracker(CONFIG, RUN)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(client), "log_batch", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            tracker.log(curve(3))
+    tracker.log(curve(3))
+    tracker.finish("KILLED")
+    assert client.get_run(str(tracker.run_id)).info.status == "KILLED"
+    assert len(history(client, str(tracker.run_id))) == 3
+
+
+# ------------------------------------------------------------------------------------------------------ whole processes
+
+
+def start_python(code: str, **environment: str) -> "subprocess.Popen[str]":
+    environment = {key: value for key, value in os.environ.items() if key != "PYTEST_CURRENT_TEST"} | environment
+    paths = [str(Path(tracking.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    command = [sys.executable, "-c", code]
+    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def test_switched_off_imports_no_mlflow() -> None:
+    code = """
+import sys
+from chargpt.config import TrackingConfig
+from chargpt.tracking import Point, RunDescription, open_tracker, ui_url
+assert "torch" not in sys.modules
+tracker = open_tracker(TrackingConfig(enabled=False), RunDescription("bigram", 1), "kept")
+tracker.log([Point(1, 0.0, {"train/loss": 1.0})])
+tracker.finish("FINISHED", {"best/val_loss": 1.0})
+ui_url(TrackingConfig())
+assert tracker.run_id == "kept"
+assert "mlflow" not in sys.modules
+"""
+    process = start_python(code)
+    assert process.communicate() == ("", "")
+    assert process.returncode == 0
+
+
+def test_several_processes_open_a_new_store_at_once_and_quietly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = """
+import os, time
+from chargpt.config import TrackingConfig
+from chargpt.tracking import Point, RunDescription, open_tracker
+tracker = open_tracker(TrackingConfig(), RunDescription("bigram", int(os.environ["SEED"]), {"a": 1}))
+tracker.log([Point(step, time.time(), {"train/loss": 1.0}) for step in range(3)])
+tracker.finish("FINISHED")
+"""
+    processes = [start_python(code, DVC_ROOT=str(tmp_path), SEED=str(seed)) for seed in range(4)]
+    assert [process.communicate() for process in processes] == [("", "")] * 4  # MLflow's chatter is off too
+    with sqlite3.connect(tmp_path / "mlflow.db") as database:
+        runs = database.execute("SELECT status, experiment_id FROM runs").fetchall()
+        assert database.execute("SELECT count(*) FROM metrics WHERE key = 'train/loss'").fetchone() == (12,)
+    assert [status for status, _ in runs] == ["FINISHED"] * 4
+    assert len({experiment for _, experiment in runs}) == 1
+
+
+# --------------------------------------------------------------------------------------------------------------- the UI
+
+
+def test_links_lead_to_the_experiment(client: Any) -> None:
+    open_tracker(CONFIG, RUN).finish("FINISHED")
+    experiment = client.get_experiment_by_name("chargpt").experiment_id
+    base = f"http://127.0.0.1:5001/#/experiments/{experiment}"
+    assert tracking.ui_url(CONFIG, port=5001) == f"{base}?workflowType=machine_learning"
+    assert tracking.ui_url(CONFIG, "charts", port=5001) == f"{base}/runs?compareRunsMode=CHART"
+    unknown = TrackingConfig(experiment="never ran")
+    assert tracking.ui_url(unknown) == "http://127.0.0.1:5000/#/experiments"
+
+
+def test_ui_is_for_stores_without_a_server(project: Path) -> None:
+    command = tracking.ui_command(CONFIG, port=5001)
+    assert command[command.index("--backend-store-uri") + 1] == f"sqlite:///{project}/mlflow.db"
+    assert command[command.index("--host") + 1] == "127.0.0.1"
+    with pytest.raises(ConfigError, match=r"http://server:5000$"):
+        tracking.ui_command(TrackingConfig(uri="http://user:secret@server:5000"))
