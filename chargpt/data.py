@@ -4,12 +4,8 @@ The one idea to know: a batch is a pure function of (seed, batch number), so res
 ranks, needs no more state than a count.
 """
 
-import contextlib
 import hashlib
 import math
-import shutil
-import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +16,7 @@ import numpy.typing as npt
 import torch
 
 from chargpt.errors import CorpusError
-from chargpt.files import replaced_file
+from chargpt.files import replaced_file, replaced_folder
 from chargpt.tokenizers import Tokenizer, load_tokenizer
 
 Tokens = npt.NDArray[Any]  # (N,) unsigned integers of any width
@@ -47,21 +43,6 @@ def read_tokens(path: Path) -> Tokens:
     return ids
 
 
-@contextlib.contextmanager
-def replaced_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder that takes the place of `folder` when the block ends, and vanishes when it fails."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        yield temporary
-        temporary.chmod(0o755)  # mkdtemp makes it private
-        if folder.exists():
-            shutil.rmtree(folder)
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
 @dataclass(frozen=True)
 class Splits:
     """Training and validation tokens, and the tokenizer that made them."""
@@ -85,10 +66,10 @@ class Splits:
         return np.concatenate([self.train[-1:], self.val])  # (1 + N_val,)
 
 
-def write_splits(folder: Path, ids: Tokens, tokenizer: Tokenizer, val_fraction: float) -> None:
-    """Write the first part of `ids` (N,) as train.npy, the last `val_fraction` as val.npy, and the tokenizer.
+def split_tokens(ids: Tokens, tokenizer: Tokenizer, val_fraction: float) -> Splits:
+    """The first part of `ids` (N,) to train on and the last `val_fraction` to validate on, by position.
 
-    The lecture's rule: n = int((1 - val_fraction) · N). Raises CorpusError when a part would be empty.
+    The lecture's rule: int((1 - val_fraction) · N) tokens to train. Raises CorpusError when a part would be too small.
     """
     n_train = int((1 - val_fraction) * len(ids))
     if n_train < 2 or n_train == len(ids):
@@ -96,10 +77,15 @@ def write_splits(folder: Path, ids: Tokens, tokenizer: Tokenizer, val_fraction: 
             f"{len(ids)} tokens cannot be split with val_fraction {val_fraction}: "
             f"one part would be empty; use a longer text or another val_fraction"
         )
+    return Splits(ids[:n_train], ids[n_train:], tokenizer)
+
+
+def write_splits(folder: Path, splits: Splits) -> None:
+    """Write train.npy, val.npy and tokenizer.json into `folder`, whole or not at all."""
     with replaced_folder(folder) as temporary:
-        write_tokens(temporary / "train.npy", ids[:n_train])
-        write_tokens(temporary / "val.npy", ids[n_train:])
-        tokenizer.save(temporary / "tokenizer.json")
+        write_tokens(temporary / "train.npy", splits.train)
+        write_tokens(temporary / "val.npy", splits.val)
+        splits.tokenizer.save(temporary / "tokenizer.json")
 
 
 def load_splits(folder: Path) -> Splits:

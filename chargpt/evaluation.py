@@ -6,17 +6,36 @@ others published.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 
 from chargpt.config import EvaluationConfig
 from chargpt.data import Tokens, random_batch
+from chargpt.errors import CorpusError
 from chargpt.kernels import softmax_cross_entropy
 from chargpt.models import Model
 
+PROTOCOLS = ("full", "sliding", "nanogpt")
 TOKENS_PER_PASS = 8_192  # in one forward pass of `full` and `sliding`: bounds the memory, changes nothing else
+
+
+def evaluate(
+    model: Model,
+    tokens: Tokens,
+    config: EvaluationConfig,
+    batch_size: int,
+    device: torch.device | str = "cpu",
+    protocols: Sequence[str] = PROTOCOLS,
+) -> dict[str, float]:
+    """The loss on `tokens` (N,) by each of `protocols`. Raises CorpusError when N is too small for one of them."""
+    losses = {
+        "full": lambda: full_loss(model, tokens, device),
+        "sliding": lambda: sliding_loss(model, tokens, config.sliding_stride, device),
+        "nanogpt": lambda: nanogpt_loss(model, tokens, config, batch_size, device),
+    }
+    return {protocol: losses[protocol]() for protocol in protocols}
 
 
 def full_loss(model: Model, tokens: Tokens, device: torch.device | str = "cpu") -> float:
@@ -47,6 +66,11 @@ def nanogpt_loss(
     model: Model, tokens: Tokens, config: EvaluationConfig, batch_size: int, device: torch.device | str = "cpu"
 ) -> float:
     """Mean loss over `config.nanogpt_batches` batches of random windows, from a generator seeded by `config.seed`."""
+    if len(tokens) <= model.block_size:
+        raise CorpusError(
+            f"random windows of {model.block_size} tokens need a text of at least {model.block_size + 1}, "
+            f"got {len(tokens)}; choose the protocol full"
+        )
     generator = torch.Generator().manual_seed(config.seed)
     total = 0.0
     with evaluating(model):

@@ -1,11 +1,11 @@
-"""Writing a file so that a reader never sees half of it.
+"""Writing a file or a folder so that a reader never sees half of it.
 
-The one idea to know: the bytes go to a hidden neighbour of the file, which takes its place only when all of them are
-on the disk.
+The one idea to know: the bytes go to a hidden neighbour, which takes the name only when all of them are written.
 """
 
 import contextlib
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,3 +30,18 @@ def replaced_file(path: Path) -> Iterator[BinaryIO]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replaced_folder(folder: Path) -> Iterator[Path]:
+    """An empty folder to fill, which takes the place of `folder` when the block ends, and vanishes when it fails."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o755)  # mkdtemp makes it private
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

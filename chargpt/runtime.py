@@ -67,6 +67,11 @@ def device_name(device: torch.device) -> str:
     return platform.processor() or platform.machine()
 
 
+def resolve_device(wanted: str) -> torch.device:
+    """The device that `wanted` (auto, cpu, cuda, cuda:N) names. Raises ConfigError when it is not here."""
+    return _device(wanted)[0]
+
+
 def _device(wanted: str) -> tuple[torch.device, str]:
     if wanted == "auto":
         if torch.cuda.is_available():

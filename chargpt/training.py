@@ -26,9 +26,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from chargpt import checkpoint
 from chargpt.config import EvaluationConfig, SampleConfig, TrackingConfig, TrainConfig, differences, flatten
 from chargpt.console import Interrupts, Progress, duration, say
-from chargpt.data import BatchSource, EpochBatches, RandomBatches, Splits, require_size
+from chargpt.data import BatchSource, EpochBatches, RandomBatches, Splits, require_size, write_splits
 from chargpt.errors import CheckpointError, RunInterruptedError, TrainingError
-from chargpt.evaluation import full_loss, nanogpt_loss, sliding_loss
+from chargpt.evaluation import evaluate, full_loss
 from chargpt.files import replaced_file
 from chargpt.models import Model, build_model, parameter_count
 from chargpt.optim import build_optimizers, learning_rate_scale, set_learning_rate
@@ -94,6 +94,8 @@ def train(run: Run, evaluation: EvaluationConfig, tracking: TrackingConfig) -> d
                 f"{run.folder} holds a finished run; choose another folder, or delete it to train again"
             )
         checkpoint.remove_unreferenced(run.folder)
+        if not (run.folder / "data").exists():  # so that the run can be evaluated by itself
+            write_splits(run.folder / "data", run.splits)
         runtime = resolve_runtime(run.config)
         state = _new_state(run, runtime)
         if (run.folder / "last").exists():
@@ -273,7 +275,13 @@ def _save(state: State, run: Run, runtime: Runtime, tracker: Tracker) -> None:
             run.folder / name,
             state.delivered,
             run.splits.tokenizer,
-            summary={"variant": run.variant, "seed": run.seed, "step": state.step, "corpus": run.corpus},
+            summary={
+                "variant": run.variant,
+                "seed": run.seed,
+                "step": state.step,
+                "corpus": run.corpus,
+                "batch_size": run.config.batch_size,
+            },
             state=_state_tensors(state),
             training={
                 "identity": run.identity(runtime),
@@ -397,14 +405,9 @@ def _finish(state: State, run: Run, runtime: Runtime, evaluation: EvaluationConf
     assert state.best is not None
     config = run.config
     model, tokenizer = checkpoint.load_model(run.folder / "best", runtime.device, config.kernels)
-    val = run.splits.val_with_context
-    with runtime.autocast():
-        losses = {
-            "val_full": full_loss(model, val, runtime.device),
-            "val_nanogpt": nanogpt_loss(model, val, evaluation, config.batch_size, runtime.device),
-            "val_sliding": sliding_loss(model, val, evaluation.sliding_stride, runtime.device),
-        }
-        text = generate_text(model, tokenizer, "", SampleConfig(max_new_tokens=300), runtime.device)[0]
+    # In fp32, whatever it was trained in, so that `chargpt eval` gives the same numbers.
+    losses = evaluate(model, run.splits.val_with_context, evaluation, config.batch_size, runtime.device)
+    text = generate_text(model, tokenizer, "", SampleConfig(max_new_tokens=300), runtime.device)[0]
     val_losses = [point.metrics["val/loss"] for point in state.history if "val/loss" in point.metrics]
     metrics = {
         "variant": run.variant,
@@ -414,7 +417,7 @@ def _finish(state: State, run: Run, runtime: Runtime, evaluation: EvaluationConf
         "tokens": state.step * config.tokens_per_step,
         "seconds": round(state.seconds, 3),
         "tokens_per_second": round(state.step * config.tokens_per_step / state.seconds, 1),
-        **losses,
+        **{f"val_{protocol}": loss for protocol, loss in losses.items()},
         "val_full_last": val_losses[-1],
         "best_step": state.best[0],
         "kernels": runtime.kernels,

@@ -13,19 +13,18 @@ SPLITS = Path("data/splits")
 
 def main() -> None:
     from chargpt.config import load_params
-    from chargpt.data import load_splits, read_tokens, replaced_folder, require_size, write_splits
+    from chargpt.data import read_tokens, require_size, split_tokens, write_splits
     from chargpt.tokenizers import load_tokenizer
 
     params = load_params()
     tokenizer = load_tokenizer(TOKENS / "tokenizer.json")
-    with replaced_folder(SPLITS) as folder:
-        write_splits(folder, read_tokens(TOKENS / "ids.npy"), tokenizer, params.split.val_fraction)
-        splits = load_splits(folder)
-        for variant in params.ablation.variants:
-            try:
-                require_size(splits, params.variants[variant].model.block_size)
-            except CorpusError as error:
-                raise CorpusError(f"variant {variant}: {error}") from None
+    splits = split_tokens(read_tokens(TOKENS / "ids.npy"), tokenizer, params.split.val_fraction)
+    for variant in params.ablation.variants:
+        try:
+            require_size(splits, params.variants[variant].model.block_size)
+        except CorpusError as error:
+            raise CorpusError(f"variant {variant}: {error}") from None
+    write_splits(SPLITS, splits)
     print(f"split: {len(splits.train):,} tokens to train, {len(splits.val):,} to validate → {SPLITS}")
 
 

@@ -21,6 +21,8 @@ from chargpt.sampling import generate_text
 from chargpt.tokenizers.character import CharacterTokenizer
 from chargpt.tracking import Dataset, Point, RunDescription, open_tracker
 
+pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")  # MLflow's own use of SQLAlchemy
+
 CONFIG = TrackingConfig(system_metrics=False)
 RUN = RunDescription(
     variant="bigram",
@@ -406,7 +408,10 @@ def test_links_lead_to_the_experiment(client: Any) -> None:
     experiment = client.get_experiment_by_name("chargpt").experiment_id
     base = f"http://127.0.0.1:5001/#/experiments/{experiment}"
     assert tracking.ui_url(CONFIG, port=5001) == f"{base}?workflowType=machine_learning"
-    assert tracking.ui_url(CONFIG, "charts", port=5001) == f"{base}/runs?compareRunsMode=CHART"
+    assert (
+        tracking.ui_url(CONFIG, "charts", port=5001)
+        == f"{base}/runs?compareRunsMode=CHART&workflowType=machine_learning"
+    )
     unknown = TrackingConfig(experiment="never ran")
     assert tracking.ui_url(unknown) == "http://127.0.0.1:5000/#/experiments"
 

@@ -44,7 +44,7 @@ def causal_attention(
         P = scores.softmax(dim=-1)
         if seed is not None:
             keep = dropout_keep_mask(seed, dropout_p, B * H, T, S, q.device).view_as(P)
-            P = P * (keep / (1 - dropout_p))
+            P = P * (keep.to(dtype) / (1 - dropout_p))
         out = (P @ V).view(B, H, T, D).to(q.dtype)
         if return_lse:
             return out, scores.logsumexp(dim=-1).view(B, H, T)

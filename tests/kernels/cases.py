@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -137,7 +138,7 @@ def naive_attention(
     B, H, T, D = q.shape
     H_kv, S = k.shape[1:3]
     scale = 1 / math.sqrt(D) if scale is None else scale
-    out, lse = torch.zeros_like(q), q.new_zeros(B, H, T)
+    out, lse = 0 * q, 0 * q[..., 0]
     for b in range(B):
         for h in range(H):
             keys, values = k[b, h * H_kv // H], v[b, h * H_kv // H]
@@ -172,7 +173,7 @@ def naive_cross_entropy(
     counted = 0
     for x, y in zip(logits.reshape(-1, V), targets.reshape(-1).tolist(), strict=True):
         if y == ignore_index:
-            losses.append(x.new_zeros(()))
+            losses.append(0 * x[0])
             continue
         counted += 1
         if softcap is not None:
@@ -183,10 +184,54 @@ def naive_cross_entropy(
         if label_smoothing > 0:
             loss = loss + label_smoothing * (lse - x).sum() / V
         losses.append(loss)
-    per_row = torch.stack(losses) if losses else logits.new_zeros(0)
+    per_row = torch.stack(losses) if losses else logits.reshape(-1)
     if reduction == "none":
         return per_row.reshape(targets.shape)
     return per_row.sum() / (max(counted, 1) if reduction == "mean" else 1)
+
+
+def torch_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    keep: Tensor | None = None,  # (B, H, T, S)
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    window: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """PyTorch's plain path in the dtype of the inputs: what it loses to rounding is the measure for the others."""
+    (T, D), S = q.shape[2:], k.shape[2]
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    distance = torch.arange(S - T, S)[:, None] - torch.arange(S)
+    hidden = (distance < 0) | (distance >= (S if window is None else window))
+    scores = (q @ k.mT * (1 / math.sqrt(D) if scale is None else scale)).masked_fill(hidden, -torch.inf)
+    P = scores.softmax(-1)
+    if keep is not None:
+        P = P * keep / (1 - dropout_p)
+    return P @ v, scores.logsumexp(-1)
+
+
+def torch_cross_entropy(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """F.cross_entropy on float32 logits, and what it lacks beside it."""
+    x = logits.float().reshape(-1, logits.shape[-1])
+    if softcap is not None:
+        x = softcap * torch.tanh(x / softcap)
+    y = targets.reshape(-1)
+    loss = F.cross_entropy(x, y, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="none")
+    loss = loss + z_loss * torch.where(y == ignore_index, 0.0, x.logsumexp(-1) ** 2)
+    if reduction == "none":
+        return loss.reshape(targets.shape)
+    return loss.sum() / (max(1, int((y != ignore_index).sum())) if reduction == "mean" else 1)
 
 
 def naive_philox(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]:
@@ -207,7 +252,7 @@ def naive_keep(seed: int, p: float, batch_head: int, query: int, key: int) -> bo
 
 
 def assert_as_right_as_torch(name: str, got: Tensor, truth: Tensor, torchs: Tensor) -> None:
-    """The rule for all numerics: err at most the larger of twice torch's own error and one rounding to the dtype.
+    """The rule for all numerics: err by at most twice torch's own error, or by one rounding to the dtype if that is more.
 
     got: what is tested; torchs: PyTorch's plain path in the same dtype; truth: float64
     """
@@ -216,7 +261,9 @@ def assert_as_right_as_torch(name: str, got: Tensor, truth: Tensor, torchs: Tens
     if got.numel() == 0:
         return
     error = (got.double() - truth).abs().max().item()
-    allowed = max(2 * (torchs.double() - truth).abs().max().item(), torch.finfo(got.dtype).eps * truth.abs().max().item())
+    torchs_error = (torchs.double() - truth).abs().max().item()
+    rounding = torch.finfo(got.dtype).eps / 2 * truth.abs().max().item()
+    allowed = max(2 * torchs_error, rounding)
     assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
 
 

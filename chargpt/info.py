@@ -1,0 +1,64 @@
+"""What this installation is and what this machine offers it: versions, devices, kernels."""
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from chargpt import __version__
+from chargpt.kernels import describe_implementations, native, resolve
+from chargpt.runtime import device_name
+
+PACKAGES = ("torch", "numpy", "safetensors", "triton", "dvc", "mlflow")
+
+
+def collect() -> dict[str, Any]:
+    """Versions, devices and kernels as plain data."""
+    loaded = native.load()
+    return {
+        "chargpt": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "cpu": {
+            "name": device_name(torch.device("cpu")),
+            "cores": os.cpu_count(),
+            "torch_threads": torch.get_num_threads(),
+            "features": loaded.module.cpu_features() if loaded.module else None,
+        },
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "native_module": loaded.module.build_info() if loaded.module else loaded.problem,
+        "kernels": describe_implementations(),
+        "chosen": {
+            device: resolve("causal_attention", device, torch.float32).name
+            for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else []))
+        },
+    }
+
+
+def as_text(info: dict[str, Any]) -> str:
+    """`collect()` for people."""
+    features = info["cpu"]["features"]
+    packages = ", ".join(f"{name} {number or 'not installed'}" for name, number in info["packages"].items())
+    built = info["native_module"]
+    lines = [
+        f"chargpt {info['chargpt']}, Python {info['python']}, {info['platform']}",
+        f"packages: {packages}",
+        f"cpu: {info['cpu']['name']}, {info['cpu']['cores']} cores, {info['cpu']['torch_threads']} torch threads"
+        + (f", {' '.join(name for name, has in features.items() if has)}" if features else ""),
+        f"gpus: {', '.join(info['gpus']) or 'none that torch can use'}",
+        "native module: " + (", ".join(f"{k} {v}" for k, v in built.items()) if isinstance(built, dict) else built),
+        "kernels:",
+        *(f"  {name:<7} {state}" for name, state in info["kernels"].items()),
+        "chosen: " + ", ".join(f"{name} on {device}" for device, name in info["chosen"].items()),
+    ]
+    return "\n".join(lines)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
