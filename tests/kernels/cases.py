@@ -26,9 +26,9 @@ class AttentionCase:
     spread: float = 1.0  # standard deviation of q and k
     options: dict[str, Any] = field(default_factory=dict)
 
-    def inputs(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    def inputs(self, dtype: torch.dtype = torch.float64, draw: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v as leaves that require gradients, or views of one that does."""
-        generator = torch.Generator().manual_seed(_seed(self.name))
+        generator = torch.Generator().manual_seed(_seed(self.name) + draw)
         S, H_kv = self.S or self.T, self.H_kv or self.H
         if self.packed:
             qkv = torch.randn(self.B, self.T, 3, self.H, self.D, generator=generator, dtype=torch.float64)
@@ -40,7 +40,7 @@ class AttentionCase:
         return tuple(x.to(dtype).requires_grad_() for x in (self.spread * q, self.spread * k, v))  # type: ignore[return-value]
 
 
-# T and D: one, two, odd, and on both sides of a power of two, where tiles end. D = 31 cannot be loaded in whole vectors.
+# T and D: one, two, odd, and on both sides of a power of two, where tiles end. D = 31 does not fill whole vectors.
 ATTENTION_CASES = [
     *(AttentionCase(f"T{T}", T=T) for T in (1, 2, 7, 63, 64, 65)),
     *(AttentionCase(f"D{D}", D=D, T=9) for D in (1, 8, 31, 32, 64)),
@@ -76,9 +76,9 @@ class CrossEntropyCase:
     strided: bool = False  # logits are a non-contiguous view
     options: dict[str, Any] = field(default_factory=dict)
 
-    def inputs(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    def inputs(self, dtype: torch.dtype = torch.float64, draw: int = 0) -> tuple[Tensor, Tensor]:
         """logits as a leaf that requires gradients (or a view of one), and targets."""
-        generator = torch.Generator().manual_seed(_seed(self.name))
+        generator = torch.Generator().manual_seed(_seed(self.name) + draw)
         logits = self.spread * torch.randn(*self.shape, self.V, generator=generator, dtype=torch.float64)
         targets = torch.randint(self.V, self.shape, generator=generator)
         if self.minus_inf:
@@ -251,20 +251,37 @@ def naive_keep(seed: int, p: float, batch_head: int, query: int, key: int) -> bo
     return words[key % 4] >= math.floor(p * 2**32)
 
 
-def assert_as_right_as_torch(name: str, got: Tensor, truth: Tensor, torchs: Tensor) -> None:
-    """The rule for all numerics: err by at most twice torch's own error, or by one rounding to the dtype if that is more.
+DRAWS = range(8)  # of inputs, judged together
 
-    got: what is tested; torchs: PyTorch's plain path in the same dtype; truth: float64
+
+def assert_as_right_as_torch(name: str, draws: list[tuple[Tensor, Tensor, Tensor]]) -> None:
+    """The rule for all numerics: err by at most twice torch's own error, or by one unit in the last place.
+
+    draws: (what is tested, the truth in float64, PyTorch's plain path in the dtype of what is tested)
+
+    "Twice" holds for the root mean square. The largest error may be four times torch's: it is the luck of one element,
+    and equally good orders of a float32 sum were seen to differ by 2.6 in it.
     """
-    assert got.dtype == torchs.dtype, name
-    assert got.shape == truth.shape == torchs.shape, name
+    for got, truth, torchs in draws:
+        assert got.dtype == torchs.dtype, name
+        assert got.shape == truth.shape == torchs.shape, name
+    got, truth, torchs = (torch.cat([x.double().reshape(-1) for x in column]) for column in zip(*draws, strict=True))
     if got.numel() == 0:
         return
-    error = (got.double() - truth).abs().max().item()
-    torchs_error = (torchs.double() - truth).abs().max().item()
-    rounding = torch.finfo(got.dtype).eps / 2 * truth.abs().max().item()
-    allowed = max(2 * torchs_error, rounding)
-    assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
+    assert got.isfinite().all(), name
+    spacing = torch.finfo(draws[0][0].dtype).eps
+    for measure, factor in ((_root_mean_square, 2), (_largest, 4)):
+        error = measure(got - truth)
+        allowed = max(factor * measure(torchs - truth), spacing * measure(truth))
+        assert error <= allowed, f"{name}: {measure.__name__[1:]} error {error:.3g}, allowed {allowed:.3g}"
+
+
+def _root_mean_square(x: Tensor) -> float:
+    return x.square().mean().sqrt().item()
+
+
+def _largest(x: Tensor) -> float:
+    return x.abs().max().item()
 
 
 def _seed(name: str) -> int:

@@ -13,6 +13,7 @@ from chargpt.kernels import available_implementations, causal_attention
 
 from .cases import (
     ATTENTION_CASES,
+    DRAWS,
     AttentionCase,
     assert_as_right_as_torch,
     naive_attention,
@@ -67,18 +68,31 @@ def test_float64_is_the_naive_twins(case: AttentionCase, impl: str) -> None:
 @pytest.mark.parametrize("case", ATTENTION_CASES, ids=lambda case: case.name)
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_lower_precision_loses_no_more_than_torch(case: AttentionCase, impl: str, dtype: torch.dtype) -> None:
-    inputs = case.inputs(dtype)
-    exact = tuple(x.detach().double().requires_grad_() for x in inputs)
     keep = keep_mask(case)
-    got = run(case, inputs, impl)
-    truth = torch_attention(*exact, keep=keep, **case.options)  # in float64; checked against the loops just above
-    plain = torch_attention(*inputs, keep=keep, **case.options)
-    plain_lse = torch_attention(*(x.float() for x in inputs), **case.options)[1]
-    assert_as_right_as_torch("O", got[0], truth[0], plain[0])
-    assert_as_right_as_torch("lse", got[1], truth[1], plain_lse)
-    grads = gradients(got, inputs), gradients(truth, exact), gradients((plain[0], plain_lse), inputs)
-    for name, x, y, z in zip(("dQ", "dK", "dV"), *grads, strict=True):
-        assert_as_right_as_torch(name, x, y, z)
+    draws = []
+    for draw in DRAWS:
+        inputs = case.inputs(dtype, draw)
+        exact = tuple(x.detach().double().requires_grad_() for x in inputs)
+        got = run(case, inputs, impl)
+        truth = torch_attention(
+            *exact, keep=keep, **case.options
+        )  # in float64, where it is the loops' equal: see below
+        plain = torch_attention(*inputs, keep=keep, **case.options)[0]
+        plain_lse = torch_attention(*(x.float() for x in inputs), **case.options)[1]
+        outputs = zip(got, truth, (plain, plain_lse), strict=True)
+        grads = gradients(got, inputs), gradients(truth, exact), gradients((plain, plain_lse), inputs)
+        draws.append([*outputs, *zip(*grads, strict=True)])
+    for name, triples in zip(("O", "lse", "dQ", "dK", "dV"), zip(*draws, strict=True), strict=True):
+        assert_as_right_as_torch(name, list(triples))
+
+
+@pytest.mark.parametrize("case", ATTENTION_CASES, ids=lambda case: case.name)
+def test_the_two_truths_agree(case: AttentionCase) -> None:
+    inputs = case.inputs()
+    seed = drawn_seed() if "dropout_p" in case.options else None
+    loops = naive_attention(*inputs, seed=seed, **case.options)
+    matrices = torch_attention(*inputs, keep=keep_mask(case), **case.options)
+    torch.testing.assert_close(matrices, loops, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)

@@ -61,7 +61,9 @@ def test_a_decision_depends_on_its_position_alone() -> None:
 
 
 def test_neighbours_and_seeds_are_independent() -> None:
-    masks = torch.stack([dropout_keep_mask(torch.tensor(seed), 0.5, 4, 64, 64) for seed in (0, 1, 2**32)]).double() - 0.5
+    masks = (
+        torch.stack([dropout_keep_mask(torch.tensor(seed), 0.5, 4, 64, 64) for seed in (0, 1, 2**32)]).double() - 0.5
+    )
     n = masks[0].numel()
     lagged = {
         "key": (masks[..., 1:] * masks[..., :-1]).mean(),

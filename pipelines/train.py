@@ -1,0 +1,56 @@
+"""Stage train: one variant with one seed, its best checkpoint in models/ and its numbers in reports/runs/.
+
+The one idea to know: work in progress lies in checkpoints/, which is no output of DVC, so a run that was killed goes
+on from there; its folder is named after everything that decides the result, so an edited variant starts anew.
+"""
+
+import argparse
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+from chargpt.errors import ConfigError, user_errors
+from pipelines.split import SPLITS
+
+RUNS = Path("checkpoints")
+MODELS = Path("models")
+REPORTS = Path("reports/runs")
+
+
+def main() -> None:
+    from chargpt.checkpoint import export_checkpoint
+    from chargpt.config import flatten, load_params, nearest
+    from chargpt.data import load_splits
+    from chargpt.training import Run, train
+
+    parser = argparse.ArgumentParser(description="Train one variant of params.yaml with one seed.")
+    parser.add_argument("--variant", required=True)
+    parser.add_argument("--seed", type=int, required=True)
+    arguments = parser.parse_args()
+    params = load_params()
+    if arguments.variant not in params.variants:
+        hint = nearest(arguments.variant, params.variants)
+        raise ConfigError(f"params.yaml: `variants` does not define {arguments.variant!r}{hint}")
+    config = params.variants[arguments.variant]
+    splits = load_splits(SPLITS)
+
+    name = f"{arguments.variant}-s{arguments.seed}"
+    identity = json.dumps([flatten(config), flatten(params.evaluation), splits.fingerprint], sort_keys=True)
+    folder = RUNS / f"{name}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
+    if not (folder / "metrics.json").exists():  # it exists where only the lines below were cut short
+        corpus = params.corpus.path or params.corpus.name
+        train(Run(arguments.variant, arguments.seed, config, splits, corpus, folder), params.evaluation, params.tracking)
+
+    export_checkpoint(folder / "best", MODELS / name)
+    (REPORTS / name).mkdir(parents=True, exist_ok=True)
+    for file in ("metrics.json", "curve.csv"):
+        shutil.copy(folder / file, REPORTS / name / file)
+    shutil.rmtree(folder)
+    metrics = json.loads((REPORTS / name / "metrics.json").read_text(encoding="utf-8"))
+    print(f"train: {name}, validation loss {metrics['val_full']:.4f} nats per token → {MODELS / name}")
+
+
+if __name__ == "__main__":
+    with user_errors():  # around the imports in main too: Ctrl-C while they load is an ordinary stop
+        main()

@@ -1,0 +1,23 @@
+"""Not a stage: `make ui`. MLflow's pages for the store of params.yaml, on this machine only."""
+
+import contextlib
+import os
+import subprocess
+
+from chargpt.errors import user_errors
+
+
+def main() -> None:
+    from chargpt.config import load_params
+    from chargpt.tracking import UI_ENVIRONMENT, ui_command, ui_url
+
+    tracking = load_params().tracking
+    command = ui_command(tracking)
+    print(f"runs    {ui_url(tracking)}\ncurves  {ui_url(tracking, 'charts')}\nready in some seconds; Ctrl-C ends it", flush=True)
+    with contextlib.suppress(KeyboardInterrupt):
+        subprocess.run(command, env=os.environ | UI_ENVIRONMENT, check=False)
+
+
+if __name__ == "__main__":
+    with user_errors():
+        main()
