@@ -8,6 +8,8 @@ published CPU configuration.
 import contextlib
 import dataclasses
 import difflib
+import math
+import re
 import types
 import typing
 from collections.abc import Iterable
@@ -23,8 +25,15 @@ T = TypeVar("T")
 
 
 def _require(condition: bool, name: str, value: object, wanted: str) -> None:
-    if not condition:
-        raise ConfigError(f"{name} must be {wanted}, got {value!r}")
+    if isinstance(value, float) and not math.isfinite(value):
+        wanted = "a finite number"
+    elif condition:
+        return
+    raise ConfigError(f"{name} must be {wanted}, got {value!r}")
+
+
+def _require_seed(value: int, name: str = "seed") -> None:
+    _require(0 <= value < 2**63, name, value, "a whole number of at least 0 and below 2^63")
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
@@ -86,9 +95,10 @@ class TransformerConfig:
         for name in ("block_size", "n_layer", "n_head", "n_embd"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         if self.n_embd % self.n_head:
+            head_size = max(1, (self.n_embd + self.n_head // 2) // self.n_head)
             raise ConfigError(
                 f"n_embd must be divisible by n_head, got n_embd={self.n_embd} and n_head={self.n_head}; "
-                f"the nearest n_embd that works is {max(1, round(self.n_embd / self.n_head)) * self.n_head}"
+                f"the nearest n_embd that works is {head_size * self.n_head}"
             )
         if self.n_kv_head is not None and (self.n_kv_head < 1 or self.n_head % self.n_kv_head):
             raise ConfigError(
@@ -98,7 +108,7 @@ class TransformerConfig:
             raise ConfigError(
                 f"rotary positions need an even head size, got n_embd / n_head = {self.n_embd // self.n_head}"
             )
-        _require(self.mlp_width > 0, "mlp_width", self.mlp_width, "positive")
+        _require(self.mlp_width >= 1 / self.n_embd, "mlp_width", self.mlp_width, "at least 1 / n_embd (one channel)")
         if not self.residual and self.mlp != "none" and self.mlp_width != 1:
             raise ConfigError(
                 f"without residual the MLP has no projection back, so mlp_width must be 1, got {self.mlp_width}"
@@ -199,6 +209,7 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         _require(self.nanogpt_batches >= 1, "nanogpt_batches", self.nanogpt_batches, "at least 1")
         _require(self.sliding_stride >= 1, "sliding_stride", self.sliding_stride, "at least 1")
+        _require_seed(self.seed)
 
 
 @dataclass(frozen=True)
@@ -218,6 +229,7 @@ class SampleConfig:
         _require(self.temperature >= 0, "temperature", self.temperature, "at least 0")
         _require(self.top_k is None or self.top_k >= 1, "top_k", self.top_k, "at least 1 or null")
         _require(self.top_p is None or 0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1] or null")
+        _require_seed(self.seed)
 
 
 # ------------------------------------------------------------------------------------------------------------ pipeline
@@ -229,6 +241,14 @@ class AblationConfig:
 
     variants: tuple[str, ...]
     seeds: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        for name in ("variants", "seeds"):
+            values = getattr(self, name)
+            _require(len(values) > 0, name, list(values), "at least one")
+            _require(len(set(values)) == len(values), name, list(values), "a list that names each once")
+        for seed in self.seeds:
+            _require_seed(seed, "seeds")
 
 
 @dataclass(frozen=True)
@@ -253,6 +273,13 @@ class Params:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
+        for name in self.variants:  # they become names of folders
+            _require(
+                re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) is not None,
+                "a name in variants",
+                name,
+                "of letters, digits, dots, hyphens and underscores",
+            )
         for name in self.ablation.variants:
             if name not in self.variants:
                 hint = nearest(name, self.variants)
@@ -287,10 +314,11 @@ def parse(cls: type[T], raw: object, source: str) -> T:
 def override(config: T, assignments: list[str]) -> T:
     """Apply `key.path=value` assignments (values as in YAML) to a config dataclass and check the result.
 
-    Choosing another `model.kind` starts that model from its defaults. Raises ConfigError.
+    Choosing another `model.kind` starts that model from its defaults, wherever in the list it stands. Raises
+    ConfigError.
     """
     raw = dataclasses.asdict(typing.cast(Any, config))
-    for assignment in assignments:
+    for assignment in sorted(assignments, key=lambda text: not text.startswith("model.kind=")):
         key, equals, value = assignment.partition("=")
         if not equals:
             raise ConfigError(f"--set takes key=value, as in model.n_layer=6; got {assignment!r}")
@@ -344,7 +372,8 @@ def _read_yaml(path: Path) -> object:
 def _parse_yaml(text: str, source: str) -> Any:
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
+        # YAMLError is what PyYAML documents; the others escape from it, as for `2020-13-45` or a thousand brackets.
         raise ConfigError(f"{source} is not valid YAML: {error}") from None
 
 
@@ -362,12 +391,15 @@ def _convert(wanted: Any, raw: Any, source: str, key: str) -> Any:
     if origin is tuple and isinstance(raw, (list, tuple)):
         return tuple(_convert(arguments[0], item, source, f"{key}[{index}]") for index, item in enumerate(raw))
     if origin is dict and isinstance(raw, dict):
-        return {name: _convert(arguments[1], item, source, f"{key}.{name}") for name, item in raw.items()}
-    if wanted is float and isinstance(raw, str):  # YAML 1.1 reads 1e-3 as a string
-        with contextlib.suppress(ValueError):
+        return {
+            _convert(arguments[0], name, source, f"a name in {key}"): _convert(
+                arguments[1], item, source, f"{key}.{name}"
+            )
+            for name, item in raw.items()
+        }
+    if wanted is float and isinstance(raw, (str, int)) and not isinstance(raw, bool):
+        with contextlib.suppress(ValueError, OverflowError):  # a string, because YAML 1.1 reads 1e-3 as one
             return float(raw)
-    if wanted is float and isinstance(raw, int) and not isinstance(raw, bool):
-        return float(raw)
     if isinstance(wanted, type) and type(raw) is wanted:
         return raw
     raise ConfigError(f"{source}: {key or 'the file'} must be {_describe(wanted)}, got {raw!r}")
@@ -395,8 +427,10 @@ def _convert_dataclass(cls: Any, raw: Any, source: str, key: str) -> Any:
 def _by_kind(choices: tuple[Any, ...], raw: Any, source: str, key: str) -> Any:
     """The dataclass among `choices` whose `kind` is the one that `raw` names."""
     kinds = {typing.get_args(typing.get_type_hints(choice)["kind"])[0]: choice for choice in choices}
-    kind = raw.get("kind") if isinstance(raw, dict) else None
-    if kind not in kinds:
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{source}: {key} must be a group of knobs, got {raw!r}")
+    kind = raw.get("kind")
+    if not isinstance(kind, str) or kind not in kinds:
         hint = nearest(str(kind), kinds)
         raise ConfigError(f"{source}: {key}.kind must be one of {', '.join(kinds)}, got {kind!r}{hint}")
     return kinds[kind]

@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 
 from chargpt.corpus import fetch
+from chargpt.data import Splits, split_tokens
 from chargpt.errors import CorpusError
+from chargpt.tokenizers import CharacterTokenizer
 
 
 @pytest.fixture(scope="session")
@@ -17,3 +19,11 @@ def tiny_shakespeare(tmp_path_factory: pytest.TempPathFactory) -> Path:
     except CorpusError as error:
         pytest.skip(f"no source of Tiny Shakespeare can be reached: {error}")
     return path
+
+
+@pytest.fixture(scope="session")
+def shakespeare_splits(tiny_shakespeare: Path) -> Splits:
+    """Its characters as ids, split as in the lecture."""
+    text = tiny_shakespeare.read_text(encoding="utf-8")
+    tokenizer = CharacterTokenizer(text)
+    return split_tokens(tokenizer.encode(text), tokenizer, 0.1)
