@@ -9,7 +9,7 @@ export DO_NOT_TRACK := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro test lint ui clean
+.PHONY: help setup repro test lint bench sanitize ui clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,6 +36,22 @@ lint: $(READY)  ## check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: $(READY)  ## time the kernels and a training step against torch's
+	$(BIN)/python -m benchmarks.attention
+	$(BIN)/python -m benchmarks.cross_entropy
+	$(BIN)/python -m benchmarks.training_step
+
+# Each kernel with its test, without torch or Python, on every code path that this CPU has.
+SANITIZED := attention cross_entropy
+sanitize: $(SANITIZED:%=build/sanitize/%)  ## run the C++ under AddressSanitizer and UndefinedBehaviorSanitizer
+	for kernel in $^; do for isa in plain avx2 avx512 avx512_bf16; do \
+		CHARGPT_CPU_ISA=$$isa UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 $$kernel || exit 1; done; done
+
+build/sanitize/%: csrc/tests/%_test.cpp csrc/cpu/%.cpp $(wildcard csrc/cpu/*)
+	@mkdir -p $(@D)
+	$(CXX) -std=c++20 -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined \
+		csrc/tests/$*_test.cpp csrc/cpu/$*.cpp -o $@
 
 ui: $(READY)  ## open MLflow on this machine
 	@$(BIN)/python -m pipelines.ui

@@ -16,8 +16,9 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-SOURCES = ["csrc/bindings.cpp"]
-COMPILE_ARGS = ["-O3", "-g0", "-fvisibility=hidden"]
+SOURCES = ["csrc/bindings.cpp", "csrc/cpu/attention.cpp", "csrc/cpu/cross_entropy.cpp"]
+COMPILE_ARGS = ["-O3", "-g0", "-fvisibility=hidden", "-fopenmp"]  # OpenMP as torch uses: at::parallel_for is inline
+LINK_ARGS = ["-fopenmp"]
 
 
 class NotBuiltError(Exception):
@@ -59,7 +60,13 @@ class BuildNative(build_ext):
         os.environ.setdefault("MAX_JOBS", str(os.cpu_count() or 1))  # ninja's own default is two more than the cores
         macros = [("CHARGPT_TORCH_VERSION", f'"{torch.__version__}"')]
         self.distribution.ext_modules = [
-            CppExtension("chargpt._native", SOURCES, define_macros=macros, extra_compile_args=COMPILE_ARGS)
+            CppExtension(
+                "chargpt._native",
+                SOURCES,
+                define_macros=macros,
+                extra_compile_args=COMPILE_ARGS,
+                extra_link_args=LINK_ARGS,
+            )
         ]
         command = BuildExtension(self.distribution)
         command.editable_mode, command.inplace = self.editable_mode, self.inplace

@@ -5,6 +5,7 @@ operation on the tensor's device and dtype, and the last, the reference, serves 
 """
 
 import functools
+import typing
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,7 +13,7 @@ from typing import Any, Literal
 import torch
 
 from chargpt.errors import ConfigError
-from chargpt.kernels import native, reference
+from chargpt.kernels import cpp, native, reference
 
 Operation = Literal["causal_attention", "softmax_cross_entropy"]
 
@@ -33,7 +34,15 @@ class Implementation:
 IMPLEMENTATIONS = (
     Implementation("cuda", "CUDA kernels", devices=("cuda",)),
     Implementation("triton", "Triton kernels", devices=("cuda",)),
-    Implementation("cpp", "C++ kernels for the CPU", devices=("cpu",), problem=lambda: native.load().problem),
+    Implementation(
+        "cpp",
+        "C++ kernels for the CPU",
+        cpp.causal_attention,
+        cpp.softmax_cross_entropy,
+        devices=("cpu",),
+        dtypes=(torch.float32, torch.bfloat16, torch.float64),
+        problem=lambda: native.load().problem,
+    ),
     Implementation(
         "torch",
         "the reference in PyTorch, on any device",
@@ -60,7 +69,7 @@ def describe_implementations() -> dict[str, str]:
     """For every known name, best first: "available: …", or "not available: …" with the reason."""
     absences = {entry: _absence(entry) for entry in IMPLEMENTATIONS}
     return {
-        entry.name: f"available: {entry.summary}" if absence is None else f"not available: {absence}"
+        entry.name: f"available: {entry.summary}{_limits(entry)}" if absence is None else f"not available: {absence}"
         for entry, absence in absences.items()
     }
 
@@ -105,6 +114,12 @@ def _absence(entry: Implementation) -> str | None:
     if entry.causal_attention is None and entry.softmax_cross_entropy is None:
         return f"this version of chargpt has no {entry.summary}"
     return None
+
+
+def _limits(entry: Implementation) -> str:
+    """What an implementation that can run here leaves to others, as the end of a sentence."""
+    missing = [operation for operation in typing.get_args(Operation) if getattr(entry, operation) is None]
+    return f", without {' and '.join(missing)}" if missing else ""
 
 
 def _refusal(entry: Implementation, operation: Operation, device_type: str, dtype: torch.dtype) -> str | None:

@@ -12,6 +12,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from chargpt.errors import ConfigError
+from chargpt.kernels import available_implementations, registry, resolve
+
+
+def implementations(operation: registry.Operation, *dtypes: torch.dtype) -> list[Any]:
+    """The implementations that run `operation` here, or pairs of one and a dtype that it takes: for parametrisation."""
+
+    def serves(name: str, dtype: torch.dtype) -> bool:
+        try:
+            return resolve(operation, "cpu", dtype, name).name == name
+        except ConfigError:
+            return False
+
+    names = available_implementations()
+    if not dtypes:
+        return [name for name in names if serves(name, torch.float32)]
+    return [(name, dtype) for name in names for dtype in dtypes if serves(name, dtype)]
+
 
 @dataclass(frozen=True)
 class AttentionCase:
@@ -73,7 +91,8 @@ class CrossEntropyCase:
     spread: float = 3.0  # standard deviation of the logits
     ignored: float = 0.0  # share of ignored rows
     minus_inf: bool = False  # some logits, none of them a target's, are −inf
-    strided: bool = False  # logits are a non-contiguous view
+    strided: bool = False  # every other column of a wider tensor
+    sliced: bool = False  # the first columns of a wider tensor: whole rows, with gaps between them
     options: dict[str, Any] = field(default_factory=dict)
 
     def inputs(self, dtype: torch.dtype = torch.float64, draw: int = 0) -> tuple[Tensor, Tensor]:
@@ -90,12 +109,26 @@ class CrossEntropyCase:
             wide = torch.zeros(*self.shape, 2 * self.V, dtype=dtype)
             wide[..., ::2] = logits
             return wide.requires_grad_()[..., ::2], targets
+        if self.sliced:
+            wide = torch.zeros(*self.shape, self.V + 7, dtype=dtype)
+            wide[..., : self.V] = logits
+            return wide.requires_grad_()[..., : self.V], targets
         return logits.to(dtype).requires_grad_(), targets
 
 
+ALL_OPTIONS = {"label_smoothing": 0.1, "z_loss": 0.01, "softcap": 5.0}
+
+# V: one, two, tiny Shakespeare's 65, on both sides of whole vectors (16, 128), GPT-2's odd 50257 and its padded 50304.
+# 17 rows are one more than the lanes of the widest vector.
 CROSS_ENTROPY_CASES = [
-    *(CrossEntropyCase(f"V{V}", V=V) for V in (1, 2, 65, 1000)),
-    CrossEntropyCase("gpt2_vocabulary", shape=(3,), V=50257),
+    *(CrossEntropyCase(f"V{V}", V=V) for V in (1, 2, 15, 16, 17, 64, 65, 127, 128, 129, 1000)),
+    *(CrossEntropyCase(f"V{V}", shape=(2,), V=V) for V in (50257, 50304)),
+    *(CrossEntropyCase(f"everything_V{V}", shape=(17,), V=V, ignored=0.2, options=ALL_OPTIONS) for V in (1, 2, 65)),
+    CrossEntropyCase("everything_V50257", shape=(3,), V=50257, ignored=0.3, options=ALL_OPTIONS),
+    CrossEntropyCase("all_but_softcap", shape=(17,), ignored=0.2, options={"label_smoothing": 0.1, "z_loss": 0.01}),
+    CrossEntropyCase("all_but_softcap_V1000", V=1000, options={"label_smoothing": 0.1, "z_loss": 0.01}),
+    CrossEntropyCase("rows_15", shape=(15,)),
+    CrossEntropyCase("rows_17", shape=(17,), ignored=0.3),
     CrossEntropyCase("batch_and_time", shape=(3, 5)),
     CrossEntropyCase("one_row_no_dimension", shape=()),
     CrossEntropyCase("some_ignored", shape=(40,), ignored=0.4),
@@ -116,9 +149,15 @@ CROSS_ENTROPY_CASES = [
         options={"label_smoothing": 0.1, "z_loss": 0.01, "softcap": 5.0, "reduction": "none"},
     ),
     CrossEntropyCase("huge", spread=1e4),
+    CrossEntropyCase("huge_none", spread=1e4, options={"reduction": "none"}),
+    CrossEntropyCase("huge_V1000", V=1000, spread=1e4),
     CrossEntropyCase("huge_softcap", spread=1e4, options={"softcap": 30.0}),
     CrossEntropyCase("minus_inf", minus_inf=True),
+    CrossEntropyCase("minus_inf_V1000_none", V=1000, minus_inf=True, options={"reduction": "none"}),
+    CrossEntropyCase("minus_inf_V2", shape=(20,), V=2, minus_inf=True),
     CrossEntropyCase("strided", shape=(4, 5), strided=True),
+    CrossEntropyCase("sliced", shape=(20,), sliced=True),
+    CrossEntropyCase("sliced_batch_V1000", shape=(4, 5), V=1000, sliced=True),
     CrossEntropyCase("no_rows", shape=(0,)),
     CrossEntropyCase("no_rows_none", shape=(2, 0), options={"reduction": "none"}),
 ]

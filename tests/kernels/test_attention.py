@@ -9,19 +9,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from chargpt.kernels import available_implementations, causal_attention
+from chargpt.kernels import causal_attention
 
 from .cases import (
     ATTENTION_CASES,
     DRAWS,
     AttentionCase,
     assert_as_right_as_torch,
+    implementations,
     naive_attention,
     naive_keep,
     torch_attention,
 )
 
-IMPLEMENTATIONS = available_implementations()
+IMPLEMENTATIONS = implementations("causal_attention")
+LOWER_PRECISION = implementations("causal_attention", torch.float32, torch.bfloat16, torch.float16)
 SEED = 2024
 
 
@@ -64,9 +66,8 @@ def test_float64_is_the_naive_twins(case: AttentionCase, impl: str) -> None:
         torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", ATTENTION_CASES, ids=lambda case: case.name)
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("impl", "dtype"), LOWER_PRECISION, ids=str)
 def test_lower_precision_loses_no_more_than_torch(case: AttentionCase, impl: str, dtype: torch.dtype) -> None:
     keep = keep_mask(case)
     draws = []

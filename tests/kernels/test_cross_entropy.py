@@ -1,5 +1,10 @@
 """Softmax cross-entropy: every implementation that runs here, against a naive twin in float64."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,18 +12,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from chargpt.kernels import available_implementations, softmax_cross_entropy
+from chargpt.kernels import softmax_cross_entropy
 
 from .cases import (
     CROSS_ENTROPY_CASES,
     DRAWS,
     CrossEntropyCase,
     assert_as_right_as_torch,
+    implementations,
     naive_cross_entropy,
     torch_cross_entropy,
 )
 
-IMPLEMENTATIONS = available_implementations()
+IMPLEMENTATIONS = implementations("softmax_cross_entropy")
+LOWER_PRECISION = implementations("softmax_cross_entropy", torch.float32, torch.bfloat16, torch.float16)
 
 
 def gradient(loss: Tensor, logits: Tensor) -> Tensor:
@@ -36,9 +43,8 @@ def test_float64_is_the_naive_twins(case: CrossEntropyCase, impl: str) -> None:
     torch.testing.assert_close(gradient(got, logits), gradient(truth, logits), rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", CROSS_ENTROPY_CASES, ids=lambda case: case.name)
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("impl", "dtype"), LOWER_PRECISION, ids=str)
 def test_lower_precision_loses_no_more_than_torch(case: CrossEntropyCase, impl: str, dtype: torch.dtype) -> None:
     losses, gradients = [], []
     for draw in DRAWS:
@@ -154,6 +160,136 @@ def test_compiles_into_one_graph(impl: str) -> None:
     eager = loss(logits, targets)
     torch.testing.assert_close(compiled, eager)
     torch.testing.assert_close(gradient(compiled, logits), gradient(eager, logits))
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_the_gradient_of_the_gradient(impl: str, reduction: str) -> None:
+    logits, targets = CrossEntropyCase("twice", shape=(3,), V=4, ignored=0.3).inputs()
+
+    def loss(logits: Tensor) -> Tensor:
+        options = {"label_smoothing": 0.2, "z_loss": 0.1, "softcap": 4.0}
+        return softmax_cross_entropy(logits, targets, reduction=reduction, impl=impl, **options)  # type: ignore
+
+    assert torch.autograd.gradgradcheck(loss, (logits,))
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_a_graph_may_be_walked_twice(impl: str, reduction: str) -> None:
+    """The first backward gives the gradient away; what its receiver does with it must not show in the second."""
+    logits, targets = CrossEntropyCase("retain", shape=(20,)).inputs(torch.float32)
+    loss = softmax_cross_entropy(logits, targets, reduction=reduction, impl=impl).sum()
+    (first,) = torch.autograd.grad(loss, logits, torch.tensor(1.0), retain_graph=True)
+    expected = 3 * first
+    first.zero_()
+    (second,) = torch.autograd.grad(loss, logits, torch.tensor(3.0))
+    torch.testing.assert_close(second, expected)
+    assert not first.any()
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(loss, logits)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_gradients_of_many_megabytes_do_not_share_memory(impl: str) -> None:
+    """The C++ kernels use the memory of a large gradient again, but only once it is free."""
+    logits, targets = CrossEntropyCase("large", shape=(170,), V=50257).inputs(torch.float32)  # 34 MB
+    a = gradient(softmax_cross_entropy(logits, targets, impl=impl), logits)
+    before = a[:, ::1000].clone()
+    b = gradient(softmax_cross_entropy(logits, targets.flip(0), impl=impl), logits)
+    assert torch.equal(a[:, ::1000], before)
+    assert a.data_ptr() != b.data_ptr()
+    expected = gradient(F.cross_entropy(logits, targets.flip(0)), logits)
+    torch.testing.assert_close(b, expected, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(("N", "V"), [(1000, 65), (100, 1000), (5, 50257)])
+@pytest.mark.parametrize("impl", [impl for impl in IMPLEMENTATIONS if impl != "torch"])
+def test_threads_change_no_bit(impl: str, N: int, V: int, dtype: torch.dtype) -> None:
+    logits, targets = CrossEntropyCase("threads", shape=(N,), V=V, ignored=0.1).inputs(dtype)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            loss = softmax_cross_entropy(logits, targets, impl=impl)
+            rows = softmax_cross_entropy(logits, targets, reduction="none", impl=impl)
+            results.append((loss, gradient(loss, logits), rows, gradient(rows, logits)))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_nan_and_infinity_are_not_hidden(impl: str) -> None:
+    for V in (5, 65, 1000):
+        for value in (torch.nan, torch.inf):
+            logits = torch.zeros(3, V)
+            logits[1, V - 1] = value
+            losses = softmax_cross_entropy(logits.requires_grad_(), torch.zeros(3).long(), reduction="none", impl=impl)
+            assert losses.isnan().tolist() == [False, True, False]
+            assert gradient(losses, logits).isnan().any(-1).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_torch_func(impl: str) -> None:
+    logits, targets = CrossEntropyCase("func", shape=(4, 3), V=7, ignored=0.2).inputs()
+
+    def loss(logits: Tensor, targets: Tensor) -> Tensor:
+        return softmax_cross_entropy(logits, targets, z_loss=0.1, impl=impl)
+
+    by_func = torch.func.grad(loss)(logits.detach(), targets)
+    torch.testing.assert_close(by_func, gradient(loss(logits, targets), logits) / 0.5)
+    each = torch.func.vmap(torch.func.grad(loss))(logits.detach(), targets)
+    alone = torch.stack([torch.func.grad(loss)(x, y) for x, y in zip(logits.detach(), targets, strict=True)])
+    torch.testing.assert_close(each, alone)
+
+
+@pytest.mark.skipif("cpp" not in IMPLEMENTATIONS, reason="no native module")
+class TestOperators:
+    """What torch.library asks of the C++ kernels' operators."""
+
+    @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+    @pytest.mark.parametrize("shape", [(4, 5), (0,), ()], ids=str)
+    def test_opcheck(self, shape: tuple[int, ...], dtype: torch.dtype, reduction: str) -> None:
+        logits, targets = CrossEntropyCase("opcheck", shape=shape, V=7).inputs(dtype)
+        options = (-100, 0.1, 0.01, 5.0, reduction)
+        forward = torch.ops.chargpt.softmax_cross_entropy.default
+        torch.library.opcheck(forward, (logits, targets, *options))
+        loss, normalisers = forward(logits.detach(), targets, *options)
+        upstream = torch.ones_like(loss)
+        backward = torch.ops.chargpt.softmax_cross_entropy_backward.default
+        torch.library.opcheck(backward, (upstream, logits.detach(), targets, normalisers, *options))
+
+    def test_agree_with_the_eager_path(self) -> None:
+        for case in CROSS_ENTROPY_CASES:
+            logits, targets = case.inputs(torch.float32)
+            defaults = {"ignore_index": -100, "label_smoothing": 0.0, "z_loss": 0.0, "softcap": None}
+            options = {**defaults, "reduction": "mean", **case.options}
+            by_operator, _ = torch.ops.chargpt.softmax_cross_entropy(logits, targets, *options.values())
+            eager = softmax_cross_entropy(logits, targets, impl="cpp", **case.options)
+            assert torch.equal(by_operator, eager), case.name
+            torch.testing.assert_close(
+                gradient(by_operator, logits), gradient(eager, logits), rtol=1e-5, atol=1e-9, msg=case.name
+            )
+
+    @pytest.mark.parametrize("isa", ["plain", "avx2", "avx512"])
+    def test_lower_code_paths_pass_the_numerical_tests(self, isa: str) -> None:
+        """In another process, since the path is chosen once. The best path runs in this one."""
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+        chosen = "cpp and (loses_no_more or naive_twins or hidden or no_row)"
+        done = subprocess.run(
+            [*command, "-k", chosen],
+            cwd=Path(__file__).parents[2],
+            env={**os.environ, "CHARGPT_CPU_ISA": isa},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout[-3000:]
 
 
 @pytest.mark.parametrize(

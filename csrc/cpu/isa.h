@@ -1,0 +1,40 @@
+// Which of the instruction sets that foreach_isa.h compiles for this process uses.
+
+#pragma once
+
+#include <cstdlib>
+#include <cstring>
+#include <initializer_list>
+
+namespace chargpt::cpu {
+
+enum class Isa { kPlain, kAvx2, kAvx512, kAvx512Bf16 };
+
+inline const char* isa_name(Isa isa) {
+  constexpr const char* kNames[] = {"plain", "avx2", "avx512", "avx512_bf16"};
+  return kNames[static_cast<int>(isa)];
+}
+
+// The best that this CPU and its operating system offer, or a lower one named in CHARGPT_CPU_ISA. Found once.
+inline Isa best_isa() {
+  static const Isa chosen = [] {
+    Isa best = Isa::kPlain;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) best = Isa::kAvx2;
+    if (best == Isa::kAvx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+      best = __builtin_cpu_supports("avx512bf16") ? Isa::kAvx512Bf16 : Isa::kAvx512;
+    }
+#endif
+    if (const char* asked = std::getenv("CHARGPT_CPU_ISA")) {
+      for (Isa isa : {Isa::kPlain, Isa::kAvx2, Isa::kAvx512}) {
+        if (isa < best && std::strcmp(asked, isa_name(isa)) == 0) best = isa;
+      }
+    }
+    return best;
+  }();
+  return chosen;
+}
+
+}  // namespace chargpt::cpu

@@ -1,0 +1,42 @@
+// Dropout's random words, Philox 4x32-10 (Salmon et al. 2011), for one instruction set: included after simd.h. The rule
+// is in chargpt/kernels/philox.py; here each 64-bit lane carries one counter, so that a product needs no shuffling.
+
+namespace chargpt::cpu::CHARGPT_ISA {
+
+CHARGPT_INLINE Vec<uint64_t> multiply_low_words(Vec<uint64_t> a, uint32_t b) {  // lane by lane, the upper words ignored
+#if CHARGPT_ISA_LEVEL >= 2
+  return (Vec<uint64_t>)_mm512_mul_epu32((__m512i)a, (__m512i)broadcast<uint64_t>(b));
+#elif CHARGPT_ISA_LEVEL == 1
+  return (Vec<uint64_t>)_mm256_mul_epu32((__m256i)a, (__m256i)broadcast<uint64_t>(b));
+#else
+  return (a & 0xFFFFFFFF) * b;
+#endif
+}
+
+// words[j] = the random word of key position first + j, for j < count. first: a multiple of 4; count is rounded up to a
+// multiple of 4 · kLanes<uint64_t> ≤ 32, to which `words` must have room.
+CHARGPT_INLINE void random_words(uint64_t seed, uint32_t batch_head, uint32_t query, uint32_t first, int count,
+                                 uint32_t* words) {
+  constexpr int kCounters = kLanes<uint64_t>;
+  for (int j = 0; j < count; j += 4 * kCounters) {
+    // Only the lower word of a lane counts, so the upper ones are left as they fall.
+    Vec<uint64_t> c0 = (Vec<uint64_t>)iota<uint64_t>() + (first + j) / 4, c1 = broadcast<uint64_t>(query),
+                  c2 = broadcast<uint64_t>(batch_head), c3 = broadcast<uint64_t>(0);
+    uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+#pragma GCC unroll 10
+    for (int round = 0; round < 10; ++round) {
+      const Vec<uint64_t> p0 = multiply_low_words(c0, 0xD2511F53), p1 = multiply_low_words(c2, 0xCD9E8D57);
+      c0 = (p1 >> 32) ^ c1 ^ k0;
+      c1 = p1;
+      c2 = (p0 >> 32) ^ c3 ^ k1;
+      c3 = p0;
+      k0 += 0x9E3779B9;
+      k1 += 0xBB67AE85;
+    }
+    const Vec<uint64_t> low = (c0 & 0xFFFFFFFF) | (c1 << 32), high = (c2 & 0xFFFFFFFF) | (c3 << 32);
+    store<uint64_t>(words + j, interleave_low<uint64_t>(low, high));
+    store<uint64_t>(words + j + 2 * kCounters, interleave_high<uint64_t>(low, high));
+  }
+}
+
+}  // namespace chargpt::cpu::CHARGPT_ISA
