@@ -55,8 +55,7 @@ def plot_curves(curves: dict[str, list[Path]], picture: Path) -> None:
             label = variant if seed == 0 else None
             axes.plot(*_series(points, "val_loss"), color=colour, marker="o", markersize=3, label=label)
     axes.set_xlabel("tokens seen")
-    axes.set_xscale("symlog", linthresh=1e4)
-    axes.set_xlim(left=0)
+    axes.set_xscale("log")
     axes.set_ylabel("loss, nats per token")
     axes.set_title("validation loss (solid) and training loss (faint)")
     axes.grid(alpha=0.3)
@@ -73,7 +72,7 @@ def read_curve(path: Path) -> list[dict[str, float]]:
 
 
 def _series(points: list[dict[str, float]], key: str) -> tuple[list[float], list[float]]:
-    measured = [point for point in points if key in point]
+    measured = [point for point in points if key in point and point["tokens"] > 0]  # the axis is logarithmic
     return [point["tokens"] for point in measured], [point[key] for point in measured]
 
 

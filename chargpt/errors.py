@@ -52,8 +52,8 @@ def user_errors() -> Iterator[None]:
         sys.stdout.flush()  # a closed pipe must show here, not while the interpreter shuts down
     except ChargptError as error:
         message = str(error)
-    except KeyboardInterrupt:
-        message = "stopped by Ctrl-C; nothing half-written was left behind"
+    except KeyboardInterrupt as interrupt:
+        message = f"stopped by {interrupt or 'Ctrl-C'}; nothing half-written was left behind"
     except BrokenPipeError:
         # The reader (`head`, say) has gone: not an error. stdout is pointed away so that the shutdown flush is silent.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

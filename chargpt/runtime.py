@@ -50,8 +50,7 @@ def resolve_runtime(config: TrainConfig) -> Runtime:
             f"device {device}: {device_reason}",
             f"precision {precision}: {precision_reason}",
             f"compile {'on' if compiled else 'off'}: {compile_reason}",
-            f"attention by {attention.name}: {attention.reason}",
-            f"cross-entropy by {cross_entropy.name}: {cross_entropy.reason}",
+            *dict.fromkeys(f"kernels {choice.name}: {choice.reason}" for choice in (attention, cross_entropy)),
         ),
     )
 

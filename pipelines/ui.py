@@ -13,7 +13,8 @@ def main() -> None:
 
     tracking = load_params().tracking
     command = ui_command(tracking)
-    print(f"runs    {ui_url(tracking)}\ncurves  {ui_url(tracking, 'charts')}\nready in some seconds; Ctrl-C ends it", flush=True)
+    print(f"runs    {ui_url(tracking)}\ncurves  {ui_url(tracking, 'charts')}")
+    print("ready in some seconds; Ctrl-C ends it", flush=True)
     with contextlib.suppress(KeyboardInterrupt):
         subprocess.run(command, env=os.environ | UI_ENVIRONMENT, check=False)
 
