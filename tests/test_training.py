@@ -21,7 +21,7 @@ from torch import nn
 
 from chargpt import training
 from chargpt.checkpoint import load_model, load_state
-from chargpt.config import TrackingConfig, TrainConfig, override
+from chargpt.config import TrainConfig, override
 from chargpt.console import Progress, duration
 from chargpt.errors import CheckpointError, ConfigError, CorpusError, RunInterruptedError, TrainingError
 from chargpt.models import build_model
@@ -520,16 +520,9 @@ def test_best_and_last_are_kept_apart(
     assert sorted(path.name for path in folder.glob("step-*")) == ["step-000012", "step-000020"]
     assert metrics["best_step"] == 12
     assert metrics["val_full_last"] == 2.5
-    runs.train(tmp_path / "shorter", override(runs.BIGRAM, ["max_steps=20", "eval_interval=12"]))
     best = runs.weights(folder, "best")
     assert not torch.equal(best["token_table.weight"], runs.weights(folder)["token_table.weight"])
     assert tracker.model["model.safetensors"] == (folder / "best" / "model.safetensors").read_bytes()
-
-
-@pytest.fixture
-def five_evaluations(monkeypatch: pytest.MonkeyPatch) -> None:
-    losses: Iterator[float] = iter([5.0, 4.0, 2.0, 3.0, 2.5])
-    monkeypatch.setattr(training, "full_loss", lambda *_: next(losses))
 
 
 def test_the_tracker_gets_the_whole_curve_in_order_and_a_model_without_training_state(
@@ -611,11 +604,6 @@ def test_compiled_training_agrees_with_eager_training(tmp_path: Path) -> None:
     assert compiled["val_full"] == pytest.approx(eager["val_full"], rel=1e-5)
     names = [runs.weights(tmp_path / run).keys() for run in ("eager", "compiled")]
     assert names[0] == names[1]  # no prefix of torch.compile's
-
-
-def test_tracking_that_is_off_imports_no_mlflow(tmp_path: Path) -> None:
-    training.train(runs.make_run(tmp_path / "run"), runs.EVALUATION, TrackingConfig(enabled=False))
-    assert not any(name == "mlflow" for name in sys.modules) or os.environ.get("PYTEST_CURRENT_TEST")
 
 
 # ----------------------------------------------------------------------------------------------------------- the terminal
