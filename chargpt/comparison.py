@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from chargpt.files import replaced_file
+
 Row = dict[str, Any]  # metrics.json of one run
 
 COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
@@ -41,12 +43,10 @@ def plot_curves(curves: dict[str, list[Path]], picture: Path) -> None:
 
     `curves`: for each variant the curve.csv of each seed. Writes a PNG.
     """
-    import matplotlib
+    from matplotlib.figure import Figure  # without pyplot: no display, no global state
 
-    matplotlib.use("Agg")  # no display is needed
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
     for number, (variant, paths) in enumerate(curves.items()):
         for seed, path in enumerate(paths):
             points = read_curve(path)
@@ -60,9 +60,8 @@ def plot_curves(curves: dict[str, list[Path]], picture: Path) -> None:
     axes.set_title("validation loss (solid) and training loss (faint)")
     axes.grid(alpha=0.3)
     axes.legend()
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(picture, dpi=120)
-    pyplot.close(figure)
+    with replaced_file(picture) as file:
+        figure.savefig(file, format="png", dpi=120)
 
 
 def read_curve(path: Path) -> list[dict[str, float]]:

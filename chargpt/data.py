@@ -60,6 +60,12 @@ class Splits:
         return digest.hexdigest()
 
     @cached_property
+    def text_sha256(self) -> str:
+        """SHA-256 of the text that both parts make together, as UTF-8: the catalogue's own for its texts."""
+        ids = np.concatenate([self.train, self.val])
+        return hashlib.sha256(self.tokenizer.decode(ids).encode()).hexdigest()
+
+    @cached_property
     def val_with_context(self) -> Tokens:
         """The last training token, then the validation part: each validation token has a predecessor to score it."""
         return np.concatenate([self.train[-1:], self.val])  # (1 + N_val,)

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -86,7 +87,8 @@ class State:
 def train(run: Run, evaluation: EvaluationConfig, tracking: TrackingConfig) -> dict[str, Any]:
     """Train until the budget is spent, going on from the folder's last checkpoint if there is one.
 
-    Leaves in `run.folder`: best/ and last/ (checkpoints), curve.csv, sample.txt, and metrics.json, which it returns.
+    Leaves in `run.folder`: best/ and last/ (checkpoints), config.yaml, curve.csv, sample.txt and metrics.json, which is
+    also what it returns.
     Raises TrainingError (folder in use or finished, loss not finite), CheckpointError (the last checkpoint is damaged,
     or of another config), RunInterruptedError (SIGINT or SIGTERM, with everything saved), CorpusError (too few tokens).
     """
@@ -452,17 +454,18 @@ def _finish(state: State, run: Run, runtime: Runtime, evaluation: EvaluationConf
         "device": device_name(runtime.device),
         "precision": runtime.precision,
     }
+    _write_text(run.folder / "config.yaml", yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
+    _write_text(run.folder / "sample.txt", text)
     with tempfile.TemporaryDirectory() as scratch:
         delivery = Path(scratch) / "checkpoint"  # the best one without what only training needs
         checkpoint.export_checkpoint(run.folder / "best", delivery)
-        _write_text(run.folder / "sample.txt", text)
-        _write_text(run.folder / "metrics.json", json.dumps(metrics, indent=1) + "\n")
         tracker.finish(
             "FINISHED",
             summary={name: value for name, value in metrics.items() if isinstance(value, (int, float))},
-            artifacts=[run.folder / name for name in ("curve.csv", "sample.txt", "metrics.json")],
+            artifacts=[run.folder / name for name in ("config.yaml", "curve.csv", "sample.txt")],
             model=delivery,
         )
+    _write_text(run.folder / "metrics.json", json.dumps(metrics, indent=1) + "\n")  # last: it marks a finished run
     return metrics
 
 
@@ -475,6 +478,7 @@ def _describe(run: Run, runtime: Runtime) -> RunDescription:
         params=flatten(run.config) | {"seed": run.seed},
         tags={
             "corpus": run.corpus,
+            "corpus_sha256": run.splits.text_sha256,
             "splits_sha256": fingerprint,
             "tokenizer_sha256": run.splits.tokenizer.fingerprint,
             "kernels": runtime.kernels,
