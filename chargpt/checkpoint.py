@@ -33,7 +33,7 @@ FORMAT = "chargpt-checkpoint"
 VERSION = 1
 DESCRIPTION, WEIGHTS, TOKENIZER, STATE = "checkpoint.json", "model.safetensors", "tokenizer.json", "state.safetensors"
 # How the temporary names in a run folder begin, each the name that it was to take.
-LEFTOVERS = (".step-", ".best.", ".last.", ".data.", ".curve.csv.", ".sample.txt.", ".metrics.json.")
+LEFTOVERS = (".step-", ".best.", ".last.", ".data.", ".config.yaml.", ".curve.csv.", ".sample.txt.", ".metrics.json.")
 
 Tensors = dict[str, torch.Tensor]
 

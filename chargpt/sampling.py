@@ -31,7 +31,7 @@ def next_token_probabilities(
         ordered, order = probabilities.sort(descending=True, stable=True)  # (B, V)
         if top_k is not None:
             ordered[:, top_k:] = 0.0
-        if top_p is not None:
+        if top_p is not None and top_p < 1:  # at 1 rounding must not cut the tail
             before = ordered.cumsum(-1) - ordered  # probability of the likelier tokens
             ordered[before >= top_p * ordered.sum(-1, keepdim=True)] = 0.0
         probabilities = torch.zeros_like(probabilities).scatter(-1, order, ordered)

@@ -81,7 +81,12 @@ def make_run(folder: Path, config: TrainConfig = BIGRAM, text: str | None = None
 
 
 def train(folder: Path, config: TrainConfig = BIGRAM, text: str | None = None, seed: int = 1) -> dict[str, Any]:
-    return training.train(make_run(folder, config, text, seed), EVALUATION, TrackingConfig(enabled=False))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # these sums are too short to share, and the number of threads decides how they round
+    try:
+        return training.train(make_run(folder, config, text, seed), EVALUATION, TrackingConfig(enabled=False))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def result(folder: Path) -> dict[str, Any]:
@@ -108,7 +113,7 @@ def weights(folder: Path, name: str = "last") -> dict[str, torch.Tensor]:
     return load_file(folder / name / "model.safetensors")
 
 
-# --------------------------------------------------------------------------------------------------------------- moments
+# -------------------------------------------------------------------------------------------------------------- moments
 
 
 class Moments:
@@ -200,9 +205,8 @@ class FakeTracker:
         self.model = {path.name: path.read_bytes() for path in model.iterdir()} if model else {}
 
 
-# -------------------------------------------------------------------------------------------------------------- processes
+# ------------------------------------------------------------------------------------------------------------ processes
 
-torch.set_num_threads(1)  # these sums are too short to share, and the number of threads decides how they round
 _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload(["chargpt.training", "pytest"])
 
@@ -222,7 +226,5 @@ def _child(folder: Path, config: TrainConfig, kill_at: int | None) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-    torch.set_num_threads(1)
     with Moments(folder, at):
         train(folder, config)
-

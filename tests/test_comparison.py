@@ -10,7 +10,7 @@ import pytest
 
 from chargpt.comparison import comparison_table, plot_curves, read_curve
 
-matplotlib = pytest.importorskip("matplotlib", reason="the picture needs chargpt[pipeline]")
+pytest.importorskip("matplotlib", reason="the picture needs chargpt[pipeline]")
 
 
 def row(variant: str, seed: int, val_full: float, **more: Any) -> dict[str, Any]:

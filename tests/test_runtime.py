@@ -73,7 +73,7 @@ def test_the_second_gpu_of_a_machine_with_one_is_an_error(gpu: pytest.MonkeyPatc
         resolve_device("cuda:1")
 
 
-@pytest.mark.parametrize("name", ["gpu", "", "tpu:0", "mps", "meta", "cuda:x", "cuda:-1", "CPU", "cpu:1000"])
+@pytest.mark.parametrize("name", ["gpu", "", "tpu:0", "mps", "meta", "cuda:x", "cuda:-1", "CPU"])
 def test_a_device_that_is_none_of_ours_is_an_error(name: str) -> None:
     with pytest.raises(ConfigError, match="device must be auto, cpu, cuda or cuda:N"):
         resolve_device(name)

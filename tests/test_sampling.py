@@ -48,7 +48,7 @@ def naive_probabilities(logits: list[float], temperature: float, top_k: int | No
         return [float(token == order[0]) for token in range(len(logits))]
     order = order[:top_k]
     weights = {token: math.exp((logits[token] - logits[order[0]]) / temperature) for token in order}
-    if top_p is not None:
+    if top_p is not None and top_p < 1:
         total, reached = sum(weights.values()), 0.0
         kept: dict[int, float] = {}
         for token in order:
@@ -109,6 +109,8 @@ def test_top_p_one_changes_nothing_even_far_down_the_tail() -> None:
     probabilities = next_token_probabilities(logits, top_p=1.0)
     torch.testing.assert_close(probabilities, next_token_probabilities(logits), atol=0, rtol=1e-6)
     assert probabilities.min() > 0
+    faint = torch.tensor([[0.0, -50.0]])  # 2e-22: lost in a running sum, even in float64
+    assert next_token_probabilities(faint, top_p=1.0)[0, 1] > 0
 
 
 def test_top_p_counts_what_top_k_left() -> None:

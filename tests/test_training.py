@@ -93,7 +93,7 @@ def test_training_prints_each_choice_the_estimate_and_a_line_for_each_evaluation
     assert [int(step) for step in re.findall(r"^step +(\d+)  val \d", err, re.M)] == [0, 6, 12, 18, 20]
 
 
-# ------------------------------------------------------------------------------------------------------- what is refused
+# ------------------------------------------------------------------------------------------------------ what is refused
 
 
 def test_a_second_trainer_on_the_same_folder_is_refused_and_harms_nothing(tmp_path: Path) -> None:
@@ -217,7 +217,7 @@ def test_a_run_copied_without_its_links_goes_on(tmp_path: Path) -> None:
     assert runs.result(tmp_path / "copy") == runs.result(tmp_path / "run")
 
 
-# ------------------------------------------------------------------------------------------------------ losses that break
+# ---------------------------------------------------------------------------------------------------- losses that break
 
 
 @pytest.mark.parametrize(
@@ -261,7 +261,7 @@ def test_ctrl_c_never_saves_weights_that_are_not_finite(tmp_path: Path, monkeypa
     assert all(tensor.isfinite().all() for tensor in runs.weights(tmp_path / "run").values())
 
 
-# ---------------------------------------------------------------------------------------------------------------- signals
+# -------------------------------------------------------------------------------------------------------------- signals
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
@@ -347,7 +347,7 @@ def test_a_signal_while_the_tracker_opens_leaves_no_run_open(tmp_path: Path, mon
     assert fake.finished == ["KILLED"]
 
 
-# -------------------------------------------------------------------------------------------------- the mathematics of a step
+# -------------------------------------------------------------------------------------------- the mathematics of a step
 
 
 class Given:
@@ -505,7 +505,7 @@ def test_the_average_is_the_exponential_moving_average_of_the_weights(
         assert not torch.equal(tensor, last[f"weights/{name}"])
 
 
-# ------------------------------------------------------------------------------------------------------------- what is left
+# --------------------------------------------------------------------------------------------------------- what is left
 
 
 def test_best_and_last_are_kept_apart(
@@ -606,7 +606,7 @@ def test_compiled_training_agrees_with_eager_training(tmp_path: Path) -> None:
     assert names[0] == names[1]  # no prefix of torch.compile's
 
 
-# ----------------------------------------------------------------------------------------------------------- the terminal
+# --------------------------------------------------------------------------------------------------------- the terminal
 
 
 class Terminal(io.StringIO):
