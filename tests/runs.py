@@ -4,13 +4,14 @@ A moment is a training step or an operation on a file below the run's folder, so
 "killed anywhere". Children come from a fork server that has torch loaded already.
 """
 
+import contextlib
 import errno
 import multiprocessing
 import os
 import random
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,10 +82,17 @@ def make_run(folder: Path, config: TrainConfig = BIGRAM, text: str | None = None
 
 
 def train(folder: Path, config: TrainConfig = BIGRAM, text: str | None = None, seed: int = 1) -> dict[str, Any]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # these sums are too short to share, and the number of threads decides how they round
-    try:
+    with one_thread():
         return training.train(make_run(folder, config, text, seed), EVALUATION, TrackingConfig(enabled=False))
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """The sums here are too short to share, and the number of threads decides how they round."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
     finally:
         torch.set_num_threads(threads)
 

@@ -29,6 +29,12 @@ from chargpt.tokenizers import build_tokenizer
 FILES = ("checkpoint.json", "model.safetensors", "state.safetensors", "tokenizer.json")
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    with runs.one_thread():
+        yield
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run with every kind of state."""
@@ -354,7 +360,7 @@ def stop_at(moment: int) -> Callable[[int, str], None]:
     return at
 
 
-SHORT = override(runs.BIGRAM, ["max_steps=4", "eval_interval=2", "log_interval=3"])
+SHORT = override(runs.BIGRAM, ["max_steps=2", "eval_interval=2", "log_interval=3"])
 
 
 def loadable(folder: Path) -> None:
@@ -367,7 +373,7 @@ def loadable(folder: Path) -> None:
 def test_ctrl_c_at_every_moment_leaves_a_run_that_goes_on_bitwise(tmp_path: Path) -> None:
     moments = runs.count_moments(tmp_path / "whole", SHORT)
     whole = runs.result(tmp_path / "whole")
-    for moment in range(1, moments + 1):
+    for moment in range(1, moments + 1, 2):  # test_resume.py takes every one
         folder = tmp_path / str(moment)
         with runs.Moments(folder, stop_at(moment)), pytest.raises(KeyboardInterrupt):
             runs.train(folder, SHORT)
@@ -381,7 +387,7 @@ def test_a_full_disk_at_every_moment_is_one_clear_error_and_the_run_goes_on_bitw
     moments = runs.count_moments(tmp_path / "whole", SHORT)
     whole = runs.result(tmp_path / "whole")
     failures = 0
-    for moment in range(1, moments + 1):
+    for moment in range(1, moments + 1, 2):  # test_resume.py takes every one
         folder = tmp_path / str(moment)
         failure: Exception | None = None
         try:
@@ -396,7 +402,7 @@ def test_a_full_disk_at_every_moment_is_one_clear_error_and_the_run_goes_on_bitw
         if not (folder / "metrics.json").exists():
             runs.train(folder, SHORT)
         assert runs.result(folder) == whole, moment
-    assert failures > moments // 2
+    assert failures > moments // 4
 
 
 def test_a_failed_save_keeps_what_was_there_and_leaves_no_trace(

@@ -41,7 +41,8 @@ def commander(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
         capsys.readouterr()
         code = 0
         try:
-            cli.main()
+            with runs.one_thread():
+                cli.main()
         except SystemExit as stop:
             code = int(stop.code or 0)
         return code, *capsys.readouterr()
@@ -57,7 +58,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patched:
         patched.chdir(folder)
         patched.setattr(sys, "argv", ["chargpt", "train", "my.txt", *TINY])
-        cli.main()
+        with runs.one_thread():
+            cli.main()
         yield folder
 
 
@@ -212,7 +214,10 @@ def test_info_for_people_and_as_json(chargpt: Chargpt) -> None:
 
 
 def start(folder: Path, *arguments: str, **options: int) -> "subprocess.Popen[str]":
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
+        "OMP_NUM_THREADS": "1",
+    }
     return subprocess.Popen(
         [*COMMAND, *arguments],
         cwd=folder,
@@ -262,7 +267,10 @@ def test_ctrl_c_while_python_and_torch_load_is_quiet(delay: float, tmp_path: Pat
     """Before main() runs Python itself ends on the signal; from there on it is exit code 2 and one line."""
     (tmp_path / "my.txt").write_text(runs.words(), encoding="utf-8")
     ready = "import sys; from chargpt.cli import main; print('ready', flush=True); main()"
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
+        "OMP_NUM_THREADS": "1",
+    }
     process = subprocess.Popen(
         [sys.executable, "-c", ready, "train", "my.txt", *TINY, "--set", "max_steps=100000"],
         cwd=tmp_path,

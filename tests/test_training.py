@@ -538,7 +538,7 @@ def test_the_tracker_gets_the_whole_curve_in_order_and_a_model_without_training_
     assert tracker.finished == ["KILLED", "FINISHED"]
     assert tracker.model.keys() == {"checkpoint.json", "model.safetensors", "tokenizer.json"}
     assert json.loads(tracker.model["checkpoint.json"])["content"]["training"] is None
-    assert tracker.artifacts == ["curve.csv", "sample.txt", "metrics.json"]
+    assert tracker.artifacts == ["config.yaml", "curve.csv", "sample.txt"]
     assert tracker.summary["val_full"] == metrics["val_full"]
     assert all(isinstance(value, (int, float)) for value in tracker.summary.values())
 
