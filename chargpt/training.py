@@ -27,7 +27,15 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from chargpt import checkpoint
-from chargpt.config import EvaluationConfig, SampleConfig, TrackingConfig, TrainConfig, differences, flatten
+from chargpt.config import (
+    EvaluationConfig,
+    SampleConfig,
+    TrackingConfig,
+    TrainConfig,
+    differences,
+    flatten,
+    require_seed,
+)
 from chargpt.console import Interrupts, Progress, duration, say
 from chargpt.data import BatchSource, EpochBatches, RandomBatches, Splits, require_size, write_splits
 from chargpt.errors import CheckpointError, RunInterruptedError, TrainingError
@@ -50,6 +58,9 @@ class Run:
     splits: Splits
     corpus: str  # a name for people
     folder: Path  # of this run alone: checkpoints, curve, metrics
+
+    def __post_init__(self) -> None:
+        require_seed(self.seed)
 
     def identity(self, runtime: Runtime) -> dict[str, Any]:
         """Everything that decides the result, as flat plain data: a checkpoint goes on only under the same."""

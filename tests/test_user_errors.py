@@ -63,6 +63,7 @@ def test_a_text_that_cannot_be_trained_on(name: str, chargpt: Chargpt, tmp_path:
         (["--val-fraction", "1.5"], r"val_fraction must be between 0 and 1, got 1\.5"),
         (["--val-fraction", "nan"], r"val_fraction must be"),
         (["--encoding", "no-such"], r"no-such"),
+        (["--seed", "-1"], r"seed must be a whole number of at least 0"),
         (["--out", "text.txt"], r"text\.txt"),
         (["--out", "text.txt/below"], r"text\.txt"),
         (["--out", "x" * 300], r"File name too long"),
