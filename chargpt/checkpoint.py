@@ -32,6 +32,8 @@ from chargpt.tokenizers import Tokenizer, load_tokenizer
 FORMAT = "chargpt-checkpoint"
 VERSION = 1
 DESCRIPTION, WEIGHTS, TOKENIZER, STATE = "checkpoint.json", "model.safetensors", "tokenizer.json", "state.safetensors"
+# How the temporary names in a run folder begin, each the name that it was to take.
+LEFTOVERS = (".step-", ".best.", ".last.", ".data.", ".config.yaml.", ".curve.csv.", ".sample.txt.", ".metrics.json.")
 
 Tensors = dict[str, torch.Tensor]
 
@@ -49,8 +51,11 @@ def save_checkpoint(
     `summary` is plain data for readers (step, losses …); `state` and `training` are what resuming needs, as tensors
     and as plain data. Raises CheckpointError when the disk refuses; what was there before stays as it was.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        raise _not_saved(folder, error) from error
     try:
         _write(temporary / WEIGHTS, _to_bytes(model.state_dict()))
         tokenizer.save(temporary / TOKENIZER)
@@ -74,17 +79,18 @@ def save_checkpoint(
         temporary.rename(folder)
         _sync_folder(folder.parent)
     except (OSError, safetensors.SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise CheckpointError(
-            f"could not save a checkpoint to {folder}: {reason}; earlier checkpoints are untouched. "
-            + (
-                "Free some disk space and go on"
-                if getattr(error, "errno", None) == errno.ENOSPC
-                else "Mend it and go on"
-            )
-        ) from error
+        raise _not_saved(folder, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _not_saved(folder: Path, error: Exception) -> CheckpointError:
+    reason = error.strerror if isinstance(error, OSError) else str(error)
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return CheckpointError(
+        f"could not save a checkpoint to {folder}: {reason}; earlier checkpoints are untouched. "
+        f"{'Free some disk space' if full else 'Mend it'} and go on"
+    )
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu", kernels: str = "auto") -> tuple[Model, Tokenizer]:
@@ -95,7 +101,7 @@ def load_model(path: str | Path, device: torch.device | str = "cpu", kernels: st
     folder = find_checkpoint(path)
     content = read_description(folder)
     tokenizer = load_tokenizer(folder / TOKENIZER)
-    with _damage(folder):
+    with damage(folder):
         config: ModelConfig = parse(ModelConfig, content["model"], str(folder / DESCRIPTION))  # type: ignore[arg-type]
         model = build_model(config, int(content["vocab_size"]), seed=0, kernels=kernels)
         if content["tokenizer"] != tokenizer.fingerprint or tokenizer.vocab_size != model.vocab_size:
@@ -112,7 +118,7 @@ def load_state(folder: Path) -> tuple[Tensors, Tensors, dict[str, Any]]:
     content = read_description(folder)
     if content["training"] is None:
         raise CheckpointError(f"{folder} holds a model to use, not a run to go on with; start a new run")
-    with _damage(folder):
+    with damage(folder):
         weights, state = (_from_bytes((folder / name).read_bytes()) for name in (WEIGHTS, STATE))
     return weights, state, content["training"]
 
@@ -120,18 +126,22 @@ def load_state(folder: Path) -> tuple[Tensors, Tensors, dict[str, Any]]:
 def read_description(folder: Path) -> dict[str, Any]:
     """The checked content of checkpoint.json: its seal, and the SHA-256 of every file it lists."""
     path = folder / DESCRIPTION
-    with _damage(folder):
-        sealed = json.loads(path.read_bytes())
-        content: dict[str, Any] = sealed["content"]
-        if sealed["sha256"] != _sha256(_canonical(content)):
+    with damage(folder):
+        data = path.read_bytes()
+        content: dict[str, Any] = json.loads(data)["content"]
+        if data != _seal(content):  # so not a single byte of the file can differ
             raise CheckpointError(f"{path} was altered after it was saved; use another checkpoint")
         if content["format"] != FORMAT or content["version"] != VERSION:
             raise CheckpointError(
                 f"{path} is of format {content['format']} {content['version']}, this version reads {FORMAT} {VERSION}"
             )
+        needed = {WEIGHTS, TOKENIZER} | ({STATE} if content["training"] is not None else set())
+        if content["files"].keys() != needed:
+            raise CheckpointError(
+                f"{path} lists the files {', '.join(content['files'])} where a checkpoint has "
+                f"{', '.join(sorted(needed))}; use another checkpoint"
+            )
         for name, digest in content["files"].items():
-            if name not in (WEIGHTS, TOKENIZER, STATE):
-                raise CheckpointError(f"{path} lists {name!r}, which is no file of a checkpoint")
             if not (folder / name).is_file():
                 raise CheckpointError(f"{folder / name} is missing; use another checkpoint")
             if _sha256((folder / name).read_bytes()) != digest:
@@ -164,7 +174,10 @@ def point_to(run_folder: Path, name: str, checkpoint: str) -> None:
     temporary = run_folder / f".{name}.link"
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(checkpoint, target_is_directory=True)
-    temporary.replace(run_folder / name)
+    link = run_folder / name
+    if link.is_dir() and not link.is_symlink():  # the run was copied by a tool that follows links
+        link.rename(run_folder / f".step-{name}")
+    temporary.replace(link)
     _sync_folder(run_folder)
 
 
@@ -172,8 +185,11 @@ def remove_unreferenced(run_folder: Path) -> None:
     """Delete checkpoints that neither best nor last leads to, and what a killed process left half-written."""
     kept = {(run_folder / name).resolve() for name in ("best", "last")}
     for path in run_folder.iterdir():
-        if path.name.startswith((".step-", "step-")) and path.resolve() not in kept:
-            shutil.rmtree(path, ignore_errors=True)
+        if path.name.startswith(("step-", *LEFTOVERS)) and path.resolve() not in kept:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------------------------------------------- bytes on disk
@@ -216,7 +232,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _damage(folder: Path) -> Any:
+def damage(folder: Path) -> Any:
     """Whatever a damaged file makes a reader stumble over becomes one CheckpointError."""
     try:
         yield
@@ -228,6 +244,7 @@ def _damage(folder: Path) -> Any:
         KeyError,
         TypeError,
         AttributeError,
+        ArithmeticError,
         RuntimeError,
         safetensors.SafetensorError,
     ) as error:

@@ -168,7 +168,7 @@ def eval_command(arguments: argparse.Namespace) -> None:
     device = resolve_device(arguments.device)
     folder = find_checkpoint(arguments.checkpoint)
     model, tokenizer = load_model(folder, device)
-    if arguments.text:
+    if arguments.text is not None:
         tokens = _tokens_of_text(arguments.text, arguments.encoding, tokenizer)
     else:
         tokens = _validation_tokens(arguments.checkpoint, arguments.data, tokenizer)

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from chargpt.files import replaced_file
+
 Row = dict[str, Any]  # metrics.json of one run
 
 COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
@@ -41,12 +43,10 @@ def plot_curves(curves: dict[str, list[Path]], picture: Path) -> None:
 
     `curves`: for each variant the curve.csv of each seed. Writes a PNG.
     """
-    import matplotlib
+    from matplotlib.figure import Figure  # without pyplot: no display, no global state
 
-    matplotlib.use("Agg")  # no display is needed
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
     for number, (variant, paths) in enumerate(curves.items()):
         for seed, path in enumerate(paths):
             points = read_curve(path)
@@ -55,15 +55,13 @@ def plot_curves(curves: dict[str, list[Path]], picture: Path) -> None:
             label = variant if seed == 0 else None
             axes.plot(*_series(points, "val_loss"), color=colour, marker="o", markersize=3, label=label)
     axes.set_xlabel("tokens seen")
-    axes.set_xscale("symlog", linthresh=1e4)
-    axes.set_xlim(left=0)
+    axes.set_xscale("log")
     axes.set_ylabel("loss, nats per token")
     axes.set_title("validation loss (solid) and training loss (faint)")
     axes.grid(alpha=0.3)
     axes.legend()
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(picture, dpi=120)
-    pyplot.close(figure)
+    with replaced_file(picture) as file:
+        figure.savefig(file, format="png", dpi=120)
 
 
 def read_curve(path: Path) -> list[dict[str, float]]:
@@ -73,7 +71,7 @@ def read_curve(path: Path) -> list[dict[str, float]]:
 
 
 def _series(points: list[dict[str, float]], key: str) -> tuple[list[float], list[float]]:
-    measured = [point for point in points if key in point]
+    measured = [point for point in points if key in point and point["tokens"] > 0]  # the axis is logarithmic
     return [point["tokens"] for point in measured], [point[key] for point in measured]
 
 

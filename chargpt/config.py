@@ -32,7 +32,8 @@ def _require(condition: bool, name: str, value: object, wanted: str) -> None:
     raise ConfigError(f"{name} must be {wanted}, got {value!r}")
 
 
-def _require_seed(value: int, name: str = "seed") -> None:
+def require_seed(value: int, name: str = "seed") -> None:
+    """Raise ConfigError unless `value` is a seed that every generator takes."""
     _require(0 <= value < 2**63, name, value, "a whole number of at least 0 and below 2^63")
 
 
@@ -209,7 +210,7 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         _require(self.nanogpt_batches >= 1, "nanogpt_batches", self.nanogpt_batches, "at least 1")
         _require(self.sliding_stride >= 1, "sliding_stride", self.sliding_stride, "at least 1")
-        _require_seed(self.seed)
+        require_seed(self.seed)
 
 
 @dataclass(frozen=True)
@@ -229,7 +230,7 @@ class SampleConfig:
         _require(self.temperature >= 0, "temperature", self.temperature, "at least 0")
         _require(self.top_k is None or self.top_k >= 1, "top_k", self.top_k, "at least 1 or null")
         _require(self.top_p is None or 0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1] or null")
-        _require_seed(self.seed)
+        require_seed(self.seed)
 
 
 # ------------------------------------------------------------------------------------------------------------ pipeline
@@ -248,7 +249,7 @@ class AblationConfig:
             _require(len(values) > 0, name, list(values), "at least one")
             _require(len(set(values)) == len(values), name, list(values), "a list that names each once")
         for seed in self.seeds:
-            _require_seed(seed, "seeds")
+            require_seed(seed, "seeds")
 
 
 @dataclass(frozen=True)

@@ -81,9 +81,10 @@ class Interrupts:
             self._waiting = False
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
         if not self._waiting or self.requested:
-            raise KeyboardInterrupt
-        self.requested = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+            raise KeyboardInterrupt(name)
+        self.requested = name
         say(f"{self.requested}: finishing this step and saving (again to stop at once)")
 
 
@@ -93,8 +94,8 @@ def say(line: str) -> None:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them: 45 s, 3 min 05 s, 2 h 10 min."""
-    minutes, rest = divmod(round(seconds), 60)
+    """Seconds as people say them: 45 s, 3 min 05 s, 2 h 10 min; a budget that is overdrawn has 0 s left."""
+    minutes, rest = divmod(round(max(seconds, 0)), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
         return f"{hours} h {minutes:02} min"

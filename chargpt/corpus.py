@@ -328,7 +328,7 @@ def read_text(path: str | Path, encoding: str = "utf-8") -> str:
     """
     _require_encoding(encoding)
     if not str(path):
-        raise CorpusError("corpus.path is empty; name a text file or a folder, or leave it null")
+        raise CorpusError("the path of the text is empty; name a text file or a folder")
     root = Path(path).expanduser()
     notices: dict[str, list[Path]] = {}
     if root.is_dir():
@@ -340,18 +340,18 @@ def read_text(path: str | Path, encoding: str = "utf-8") -> str:
             elif data:
                 parts.append(_decode(data, file, encoding, notices))
         text = "\n".join(parts)
-        empty = f"the folder {root} holds no text; put text files into it, or set corpus.path to another"
+        empty = f"the folder {root} holds no text; put text files into it, or name another"
     elif root.exists() and not root.is_file():
-        raise CorpusError(f"{root} is neither a file nor a folder; set corpus.path to one")
+        raise CorpusError(f"{root} is neither a file nor a folder; name one of these")
     else:
         data = _read(root)
         if _is_binary(data, encoding):
             raise CorpusError(
-                f"{root} is binary: NUL at byte {data.index(0)}; give a text file, or set corpus.encoding "
-                f"(utf-16, say) if it is a text in another encoding"
+                f"{root} is binary: NUL at byte {data.index(0)}; give a text file, or if this is text as utf-16, say, "
+                f"set {ENCODING_KNOB}"
             )
         text = _decode(data, root, encoding, notices)
-        empty = f"{root} is empty; set corpus.path to a file with text in it"
+        empty = f"{root} is empty; name a file with text in it"
     if not text:
         raise CorpusError(empty)
     for notice, files in notices.items():
@@ -560,11 +560,16 @@ def _select(members: Members, patterns: tuple[str, ...]) -> list[str]:
 # ------------------------------------------------------------------------------------------------- the user's own text
 
 
+ENCODING_KNOB = "the encoding (corpus.encoding in params.yaml, --encoding on the command line)"
+
+
 def _require_encoding(encoding: str) -> None:
     try:
         "A".encode(encoding)
     except (LookupError, ValueError):  # LookupError: also for codecs between bytes and bytes, such as hex
-        raise CorpusError(f"corpus.encoding: no text encoding is called {encoding!r}; utf-8 is the usual one") from None
+        raise CorpusError(
+            f"no text encoding is called {encoding!r}; utf-8 is the usual one; set {ENCODING_KNOB}"
+        ) from None
 
 
 def _files_below(folder: Path) -> list[Path]:
@@ -580,7 +585,7 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except FileNotFoundError:
-        raise CorpusError(f"{path} does not exist; set corpus.path to a text file or a folder of them") from None
+        raise CorpusError(f"{path} does not exist; name a text file or a folder of them") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise CorpusError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
@@ -598,10 +603,10 @@ def _decode(data: bytes, path: Path, encoding: str, notices: dict[str, list[Path
     except UnicodeDecodeError as error:
         raise CorpusError(
             f"{path} is not in {encoding}: byte {data[error.start]:#04x} at offset {error.start:,} "
-            f"({error.reason}); set corpus.encoding to the file's encoding (latin-1 or cp1252, say), or mend the file"
+            f"({error.reason}); mend the file, or if it is in latin-1 or cp1252, say, set {ENCODING_KNOB}"
         ) from None
     except UnicodeError as error:
-        raise CorpusError(f"{path} is not in {encoding}: {error}; set corpus.encoding to another") from None
+        raise CorpusError(f"{path} is not in {encoding}: {error}; set {ENCODING_KNOB}") from None
     if text.startswith("\ufeff"):
         text = text[1:]
         notices.setdefault("byte order mark removed", []).append(path)

@@ -5,7 +5,6 @@ ranks, needs no more state than a count.
 """
 
 import hashlib
-import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -33,10 +32,10 @@ def write_tokens(path: Path, ids: Tokens) -> None:
 def read_tokens(path: Path) -> Tokens:
     """Token ids (N,), memory-mapped. Raises CorpusError when the file is missing, cut short, or holds no tokens."""
     try:
-        ids: Tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+        ids: Tokens = np.lib.format.open_memmap(path, mode="r")  # np.load would take zip archives for arrays too
     except FileNotFoundError:
         raise CorpusError(f"{path} does not exist; make it with `dvc repro split`") from None
-    except (ValueError, EOFError, OSError) as error:
+    except Exception as error:  # of many types: damaged headers fail anywhere in NumPy's parser
         raise CorpusError(f"{path} is no token file, or is damaged ({error}); make it again") from None
     if ids.ndim != 1 or ids.dtype.kind != "u":
         raise CorpusError(f"{path} holds {ids.ndim}-d {ids.dtype}, not a list of token ids; make it again")
@@ -59,6 +58,12 @@ class Splits:
             digest.update(f"{part.dtype.str}{len(part)}".encode())
             digest.update(np.ascontiguousarray(part).data)
         return digest.hexdigest()
+
+    @cached_property
+    def text_sha256(self) -> str:
+        """SHA-256 of the text that both parts make together, as UTF-8: the catalogue's own for its texts."""
+        ids = np.concatenate([self.train, self.val])
+        return hashlib.sha256(self.tokenizer.decode(ids).encode()).hexdigest()
 
     @cached_property
     def val_with_context(self) -> Tokens:
@@ -102,11 +107,12 @@ def require_size(splits: Splits, block_size: int) -> None:
     largest = min(len(splits.train) - 1, len(splits.val))  # validation borrows its first context from training
     if largest >= block_size:
         return
-    total = len(splits.train) + len(splits.val)
-    val_fraction = len(splits.val) / total
-    needed = max(math.ceil(block_size / val_fraction), math.ceil((block_size + 1) / (1 - val_fraction)))
+    n_train, n_val = len(splits.train), len(splits.val)
+    total = n_train + n_val
+    # The split was rounded, so val_fraction is only known to lie above (n_val − 1) / total: sure to be enough.
+    needed = max(-(-block_size * total // max(n_val - 1, 1)), -(-(block_size + 1) * total // n_train))
     raise CorpusError(
-        f"the text has {total:,} tokens ({len(splits.train):,} to train, {len(splits.val):,} to validate), too few for "
+        f"the text has {total:,} tokens ({n_train:,} to train, {n_val:,} to validate), too few for "
         f"block_size {block_size}: this split needs about {needed:,} tokens; or set block_size to at most {largest}"
     )
 

@@ -13,6 +13,13 @@ from collections.abc import Iterator
 EXIT_CODE = 2
 
 
+# What a disk, or a path that the user chose, refuses. Any other OSError is a bug of ours.
+REFUSALS = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP),
+)
+
+
 class ChargptError(Exception):
     """Something the user can mend. The message says what was wrong, where, and what to do."""
 
@@ -49,22 +56,28 @@ def user_errors() -> Iterator[None]:
     """
     try:
         yield
-        sys.stdout.flush()  # a closed pipe must show here, not while the interpreter shuts down
+        print(end="", flush=True)  # a closed pipe must show here, not while the interpreter shuts down
     except ChargptError as error:
         message = str(error)
-    except KeyboardInterrupt:
-        message = "stopped by Ctrl-C; nothing half-written was left behind"
+    except KeyboardInterrupt as interrupt:
+        message = f"stopped by {str(interrupt) or 'Ctrl-C'}; nothing half-written was left behind"
     except BrokenPipeError:
-        # The reader (`head`, say) has gone: not an error. stdout is pointed away so that the shutdown flush is silent.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _point_stdout_away()  # the reader (`head`, say) has gone: not an error
         return
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
+        if error.errno not in REFUSALS:
             raise
-        message = (
-            f"cannot write {error.filename or 'the output'}: {error.strerror}; free space or choose another folder"
-        )
+        if error.filename is None:
+            _point_stdout_away()
+        place = error.filename or "the output"
+        message = f"cannot use {place}: {error.strerror}; free space or choose another place"
     else:
         return
     print(f"chargpt: error: {message}", file=sys.stderr)
     sys.exit(EXIT_CODE)
+
+
+def _point_stdout_away() -> None:
+    """What stdout would not take is not tried again while the interpreter shuts down."""
+    with contextlib.suppress(OSError, AttributeError):  # no file behind it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -5,8 +5,8 @@ The one idea to know: the bytes go to a hidden neighbour, which takes the name o
 
 import contextlib
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -19,14 +19,13 @@ def replaced_file(path: Path) -> Iterator[BinaryIO]:
     When the block fails in any way, Ctrl-C included, the file vanishes and `path` stays as it was. Makes the folder.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    temporary = Path(name)
+    temporary = _neighbour(path)
+    file = temporary.open("x+b")
     try:
-        with os.fdopen(handle, "w+b") as file:
+        with file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        temporary.chmod(0o644)  # mkstemp makes it private
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -34,14 +33,27 @@ def replaced_file(path: Path) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def replaced_folder(folder: Path) -> Iterator[Path]:
-    """An empty folder to fill, which takes the place of `folder` when the block ends, and vanishes when it fails."""
+    """An empty folder to fill, which takes the place of `folder` when the block ends, and vanishes when it fails.
+
+    The former folder moves aside first and is deleted last, so that an interruption loses one of the two at most.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    temporary, former = _neighbour(folder), _neighbour(folder)
+    temporary.mkdir()
     try:
         yield temporary
-        temporary.chmod(0o755)  # mkdtemp makes it private
         if folder.exists():
-            shutil.rmtree(folder)
+            folder.rename(former)
         temporary.rename(folder)
+    except BaseException:
+        if former.exists() and not folder.exists():
+            former.rename(folder)
+        raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(former, ignore_errors=True)
+
+
+def _neighbour(path: Path) -> Path:
+    """A hidden name in the same folder, hence on the same disk, that nothing has yet."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}")

@@ -13,29 +13,30 @@ from chargpt.tokenizers import Tokenizer
 def next_token_probabilities(
     logits: torch.Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
 ) -> torch.Tensor:
-    """Probabilities (B, V) of the next token from its logits (B, V).
+    """Probabilities (B, V), float32, of the next token from its logits (B, V).
 
-    Temperature divides the logits; 0 puts everything on the likeliest token. Then `top_k` keeps the k likeliest, and
-    `top_p` the smallest set of the likeliest that together reach that probability (Holtzman et al. 2019,
-    arXiv 1904.09751, section 3.1), always at least one. Raises ChargptError when a logit is not a number.
+    Temperature divides the logits; 0 puts everything on the likeliest token. Then `top_k` keeps exactly the k
+    likeliest, and `top_p` the smallest set of the likeliest of these that reaches that share of them (Holtzman et al.
+    2019, arXiv 1904.09751, section 3.1), always at least one. Of equally likely tokens the smaller id comes first.
+    Raises ChargptError when the logits have no softmax: one is NaN or +∞, or all are −∞.
     """
-    logits = logits.float()
-    if torch.isnan(logits).any():
-        raise ChargptError("the model's logits are not numbers (NaN): its weights are broken; use another checkpoint")
+    likeliest = logits.amax(-1, keepdim=True)  # (B, 1); NaN if any logit is
+    if not torch.isfinite(likeliest).all():
+        raise ChargptError("the model's logits are not finite numbers: its weights are broken; use another checkpoint")
     if temperature == 0:
         return torch.nn.functional.one_hot(logits.argmax(-1), logits.size(-1)).float()
-    logits = logits / temperature
-    if top_k is not None and top_k < logits.size(-1):
-        kth = logits.topk(top_k).values[:, -1:]  # (B, 1)
-        logits = logits.masked_fill(logits < kth, -torch.inf)
-    probabilities = logits.softmax(-1)
-    if top_p is not None:
+    # In float64, and after the maximum is taken away, no temperature is so small that it makes ∞ − ∞.
+    probabilities = ((logits - likeliest).double() / temperature).softmax(-1)
+    if top_k is not None or top_p is not None:
         ordered, order = probabilities.sort(descending=True, stable=True)  # (B, V)
-        before = ordered.cumsum(-1) - ordered  # probability of the likelier tokens
-        ordered = ordered.masked_fill(before >= top_p, 0.0)
+        if top_k is not None:
+            ordered[:, top_k:] = 0.0
+        if top_p is not None and top_p < 1:  # at 1 rounding must not cut the tail
+            before = ordered.cumsum(-1) - ordered  # probability of the likelier tokens
+            ordered[before >= top_p * ordered.sum(-1, keepdim=True)] = 0.0
         probabilities = torch.zeros_like(probabilities).scatter(-1, order, ordered)
         probabilities = probabilities / probabilities.sum(-1, keepdim=True)
-    return probabilities
+    return probabilities.float()
 
 
 @torch.no_grad()

@@ -11,6 +11,8 @@ import fcntl
 import hashlib
 import json
 import math
+import os
+import tempfile
 import time
 import typing
 from collections import defaultdict
@@ -20,11 +22,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from chargpt import checkpoint
-from chargpt.config import EvaluationConfig, SampleConfig, TrackingConfig, TrainConfig, differences, flatten
+from chargpt.config import (
+    EvaluationConfig,
+    SampleConfig,
+    TrackingConfig,
+    TrainConfig,
+    differences,
+    flatten,
+    require_seed,
+)
 from chargpt.console import Interrupts, Progress, duration, say
 from chargpt.data import BatchSource, EpochBatches, RandomBatches, Splits, require_size, write_splits
 from chargpt.errors import CheckpointError, RunInterruptedError, TrainingError
@@ -48,6 +59,9 @@ class Run:
     corpus: str  # a name for people
     folder: Path  # of this run alone: checkpoints, curve, metrics
 
+    def __post_init__(self) -> None:
+        require_seed(self.seed)
+
     def identity(self, runtime: Runtime) -> dict[str, Any]:
         """Everything that decides the result, as flat plain data: a checkpoint goes on only under the same."""
         chosen = {
@@ -70,6 +84,8 @@ class State:
     step: int = 0  # optimizer steps done
     seconds: float = 0.0  # spent in them
     history: list[Point] = field(default_factory=list)
+    losses: list[torch.Tensor] = field(default_factory=list)  # () each, of the steps since the last point of the curve
+    seconds_logged: float = 0.0  # `seconds` at that point
     best: tuple[int, float] | None = None  # step and validation loss
     run_id: str | None = None
 
@@ -82,7 +98,8 @@ class State:
 def train(run: Run, evaluation: EvaluationConfig, tracking: TrackingConfig) -> dict[str, Any]:
     """Train until the budget is spent, going on from the folder's last checkpoint if there is one.
 
-    Leaves in `run.folder`: best/ and last/ (checkpoints), curve.csv, sample.txt, and metrics.json, which it returns.
+    Leaves in `run.folder`: best/ and last/ (checkpoints), config.yaml, curve.csv, sample.txt and metrics.json, which is
+    also what it returns.
     Raises TrainingError (folder in use or finished, loss not finite), CheckpointError (the last checkpoint is damaged,
     or of another config), RunInterruptedError (SIGINT or SIGTERM, with everything saved), CorpusError (too few tokens).
     """
@@ -94,16 +111,17 @@ def train(run: Run, evaluation: EvaluationConfig, tracking: TrackingConfig) -> d
                 f"{run.folder} holds a finished run; choose another folder, or delete it to train again"
             )
         checkpoint.remove_unreferenced(run.folder)
-        if not (run.folder / "data").exists():  # so that the run can be evaluated by itself
-            write_splits(run.folder / "data", run.splits)
         runtime = resolve_runtime(run.config)
         state = _new_state(run, runtime)
-        if (run.folder / "last").exists():
+        if os.path.lexists(run.folder / "last"):  # a link that leads nowhere is damage, not a new run
             _resume(state, run, runtime)
             say(f"going on from step {state.step} in {run.folder}")
+        else:  # so that the run can be evaluated by itself
+            write_splits(run.folder / "data", run.splits)
         for line in (*runtime.reasons, estimate(state, run, runtime)):
             say(line)
-        tracker = open_tracker(tracking, _describe(run, runtime), state.run_id)
+        with interrupts.deferred():  # so that no run is left open in the store
+            tracker = open_tracker(tracking, _describe(run, runtime), state.run_id)
         state.run_id = tracker.run_id
         try:
             _loop(state, run, runtime, tracker, interrupts)
@@ -157,10 +175,10 @@ def _loop(state: State, run: Run, runtime: Runtime, tracker: Tracker, interrupts
     config = run.config
     model = typing.cast(Model, torch.compile(state.model)) if runtime.compile else state.model
     state.model.train()
-    losses: list[torch.Tensor] = []
-    seconds_logged = state.seconds
     with interrupts.deferred(), Progress(config, state.step, state.seconds) as progress:
-        if state.step == 0:
+        if state.history:
+            _save(state, run, runtime, tracker)  # what a kill may have cut short: links, curve, tracking
+        else:
             _evaluate_and_save(state, run, runtime, tracker, progress)
         clock = _Clock(state)
         while not _spent(state, config):
@@ -168,29 +186,29 @@ def _loop(state: State, run: Run, runtime: Runtime, tracker: Tracker, interrupts
             loss, norm = training_step(model, state.optimizers, state.batches, config, runtime)
             if state.average is not None:
                 state.average.update_parameters(state.model)
-            losses.append(loss)
+            state.losses.append(loss)
             state.step += 1
             clock.tick()
             evaluate = state.step % config.eval_interval == 0 or _spent(state, config)
-            if evaluate or interrupts.requested or state.step % config.log_interval == 0:
-                mean_loss = torch.stack(losses).mean().item()  # waits for the GPU, so that the clock is true
+            if evaluate or state.step % config.log_interval == 0:
+                mean_loss = torch.stack(state.losses).mean().item()  # waits for the GPU, so that the clock is true
                 clock.tick()
-                speed = len(losses) * config.tokens_per_step / (state.seconds - seconds_logged)
-                _record(state, run, mean_loss, norm.item(), speed)
+                speed = _record(state, run, mean_loss, norm.item())
                 progress.update(state.step, state.seconds, mean_loss, speed)
-                losses.clear()
-                seconds_logged = state.seconds
+            interrupted = interrupts.requested  # read once: a signal may come at any moment
             if evaluate:
                 _evaluate_and_save(state, run, runtime, tracker, progress)
-            elif interrupts.requested:
+            elif interrupted:
                 _save(state, run, runtime, tracker)
-            if interrupts.requested and not _spent(state, config):
-                raise RunInterruptedError(
-                    f"stopped at step {state.step} by {interrupts.requested}; everything is saved in {run.folder}, "
-                    f"and the same command goes on from there"
-                )
+            if interrupted:
+                break
             if evaluate:
                 clock.restart()
+    if interrupts.requested:
+        raise RunInterruptedError(
+            f"stopped at step {state.step} by {interrupts.requested}; everything is saved in {run.folder}, "
+            f"and the same command goes on from there"
+        )
 
 
 def _spent(state: State, config: TrainConfig) -> bool:
@@ -210,14 +228,11 @@ def _learning_rate_scale(state: State, config: TrainConfig) -> float:
     return learning_rate_scale(config.schedule, state.step, min(max(progress, 0.0), 1.0))
 
 
-def _record(state: State, run: Run, loss: float, norm: float, speed: float) -> None:
-    """Add a point to the curve. Raises TrainingError when the loss or the gradient is not finite."""
+def _record(state: State, run: Run, loss: float, norm: float) -> float:
+    """Add a point to the curve; tokens per second since the last one. Raises TrainingError unless all is finite."""
     if not (math.isfinite(loss) and math.isfinite(norm)):
-        last = run.folder / "last"
-        raise TrainingError(
-            f"the training loss became {loss} (gradient norm {norm}) by step {state.step}; the last good checkpoint "
-            f"is {last.resolve()}. Lower the learning rate or set grad_clip, and train in another folder"
-        )
+        raise _not_finite(f"the training loss became {loss} (gradient norm {norm})", state, run)
+    speed = len(state.losses) * run.config.tokens_per_step / (state.seconds - state.seconds_logged)
     metrics = {
         "train/loss": loss,
         "train/grad_norm": norm,
@@ -227,22 +242,29 @@ def _record(state: State, run: Run, loss: float, norm: float, speed: float) -> N
         "perf/tokens_per_second": speed,
     }
     state.history.append(Point(state.step, time.time(), metrics))
+    state.losses.clear()
+    state.seconds_logged = state.seconds
+    return speed
 
 
 def _evaluate_and_save(state: State, run: Run, runtime: Runtime, tracker: Tracker, progress: Progress) -> None:
     with runtime.autocast():
         loss = full_loss(state.delivered, run.splits.val_with_context, runtime.device)
     if not math.isfinite(loss):
-        raise TrainingError(
-            f"the validation loss became {loss} at step {state.step}; the last good checkpoint is "
-            f"{(run.folder / 'last').resolve()}. Lower the learning rate, and train in another folder"
-        )
+        raise _not_finite(f"the validation loss became {loss}", state, run)
     metrics = {"val/loss": loss, "val/tokens": float(state.step * run.config.tokens_per_step)}
     state.history.append(Point(state.step, time.time(), metrics))
     if state.best is None or loss < state.best[1]:
         state.best = (state.step, loss)
     progress.report(state.step, state.seconds, loss)
     _save(state, run, runtime, tracker)
+
+
+def _not_finite(what: str, state: State, run: Run) -> TrainingError:
+    return TrainingError(
+        f"{what} by step {state.step}; the last good checkpoint is {(run.folder / 'last').resolve()}. "
+        f"Lower the learning rate or set grad_clip, and train in another folder"
+    )
 
 
 # --------------------------------------------------------------------------------------------------- state and its disk
@@ -268,7 +290,12 @@ def _new_state(run: Run, runtime: Runtime) -> State:
 
 
 def _save(state: State, run: Run, runtime: Runtime, tracker: Tracker) -> None:
-    """A checkpoint of everything, then what the tracker does not have yet: it never runs ahead of the disk."""
+    """A checkpoint of everything, then what the tracker does not have yet: it never runs ahead of the disk.
+
+    Raises TrainingError for weights that are not finite: the last checkpoint is always a good one.
+    """
+    if not all(parameter.isfinite().all() for parameter in state.model.parameters()):
+        raise _not_finite("weights became infinite or not a number", state, run)
     name = f"step-{state.step:06d}"
     if not (run.folder / name).exists():  # the step a run was resumed at is saved already
         checkpoint.save_checkpoint(
@@ -287,6 +314,7 @@ def _save(state: State, run: Run, runtime: Runtime, tracker: Tracker) -> None:
                 "identity": run.identity(runtime),
                 "step": state.step,
                 "seconds": state.seconds,
+                "seconds_logged": state.seconds_logged,
                 "history": [dataclasses.astuple(point) for point in state.history],
                 "best": state.best,
                 "run_id": state.run_id,
@@ -296,30 +324,37 @@ def _save(state: State, run: Run, runtime: Runtime, tracker: Tracker) -> None:
     if state.best is not None and state.best[0] == state.step:
         checkpoint.point_to(run.folder, "best", name)
     checkpoint.remove_unreferenced(run.folder)
-    _write_curve(state, run.folder / "curve.csv")
+    _write_curve(state.history, run.config.tokens_per_step, run.folder / "curve.csv")
     tracker.log(state.history)
 
 
 def _resume(state: State, run: Run, runtime: Runtime) -> None:
     """Take over the last checkpoint. Raises CheckpointError when it is damaged or of another config."""
-    weights, tensors, training = checkpoint.load_state(run.folder / "last")
-    changed = differences(training["identity"], run.identity(runtime))
-    if changed:
-        raise CheckpointError(
-            f"{run.folder} holds a run under another config, which cannot go on under this one; train in another "
-            f"folder, or set back what changed:\n  " + "\n  ".join(changed)
-        )
-    _load_state_tensors(state, weights, tensors)
-    state.step, state.seconds, state.run_id = training["step"], training["seconds"], training["run_id"]
-    state.history = [Point(*point) for point in training["history"]]
-    state.best = None if training["best"] is None else tuple(training["best"])
+    last = run.folder / "last"
+    weights, tensors, training = checkpoint.load_state(last)
+    with checkpoint.damage(last):
+        changed = differences(training["identity"], run.identity(runtime))
+        if changed:
+            raise CheckpointError(
+                f"{run.folder} holds a run under another config, which cannot go on under this one; train in another "
+                f"folder, or set back what changed:\n  " + "\n  ".join(changed)
+            )
+        _load_state_tensors(state, weights, tensors)
+        if _state_tensors(state).keys() != tensors.keys():
+            raise CheckpointError(f"{last} lacks a part of the state, or has one too many; use another checkpoint")
+        state.step, state.seconds, state.run_id = training["step"], training["seconds"], training["run_id"]
+        state.seconds_logged = training["seconds_logged"]
+        state.history = [Point(*point) for point in training["history"]]
+        state.best = None if training["best"] is None else tuple(training["best"])
 
 
 def _state_tensors(state: State) -> checkpoint.Tensors:
     tensors = {f"batches/{name}": tensor for name, tensor in state.batches.state_dict().items()}
     tensors["dropout/cpu"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        tensors["dropout/cuda"] = torch.cuda.get_rng_state()
+    if (device := _device(state)).type == "cuda":
+        tensors["dropout/cuda"] = torch.cuda.get_rng_state(device)
+    if state.losses:
+        tensors["losses"] = torch.stack(state.losses)
     for i, optimizer in enumerate(state.optimizers):
         for index, values in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer/{i}/{index}/{key}": value for key, value in values.items()}
@@ -340,8 +375,10 @@ def _load_state_tensors(state: State, weights: checkpoint.Tensors, tensors: chec
         state.average.n_averaged.copy_(groups["average"]["n_averaged"])
     state.batches.load_state_dict(groups["batches"])
     torch.set_rng_state(groups["dropout"]["cpu"])
-    if torch.cuda.is_available():
-        torch.cuda.set_rng_state(groups["dropout"]["cuda"])
+    if (device := _device(state)).type == "cuda":
+        torch.cuda.set_rng_state(groups["dropout"]["cuda"], device)
+    if "losses" in tensors:
+        state.losses = list(tensors["losses"].to(device))
     for i, optimizer in enumerate(state.optimizers):
         loaded = optimizer.state_dict()
         values: dict[int, checkpoint.Tensors] = defaultdict(dict)
@@ -350,6 +387,10 @@ def _load_state_tensors(state: State, weights: checkpoint.Tensors, tensors: chec
             if int(number) == i:
                 values[int(index)][key] = tensor
         optimizer.load_state_dict(loaded | {"state": values})
+
+
+def _device(state: State) -> torch.device:
+    return next(state.model.parameters()).device
 
 
 # ----------------------------------------------------------------------------------------------------- before and after
@@ -424,14 +465,18 @@ def _finish(state: State, run: Run, runtime: Runtime, evaluation: EvaluationConf
         "device": device_name(runtime.device),
         "precision": runtime.precision,
     }
+    _write_text(run.folder / "config.yaml", yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
     _write_text(run.folder / "sample.txt", text)
-    _write_text(run.folder / "metrics.json", json.dumps(metrics, indent=1) + "\n")
-    tracker.finish(
-        "FINISHED",
-        summary={name: value for name, value in metrics.items() if isinstance(value, (int, float))},
-        artifacts=[run.folder / name for name in ("curve.csv", "sample.txt", "metrics.json")],
-        model=run.folder / "best",
-    )
+    with tempfile.TemporaryDirectory() as scratch:
+        delivery = Path(scratch) / "checkpoint"  # the best one without what only training needs
+        checkpoint.export_checkpoint(run.folder / "best", delivery)
+        tracker.finish(
+            "FINISHED",
+            summary={name: value for name, value in metrics.items() if isinstance(value, (int, float))},
+            artifacts=[run.folder / name for name in ("config.yaml", "curve.csv", "sample.txt")],
+            model=delivery,
+        )
+    _write_text(run.folder / "metrics.json", json.dumps(metrics, indent=1) + "\n")  # last: it marks a finished run
     return metrics
 
 
@@ -444,6 +489,7 @@ def _describe(run: Run, runtime: Runtime) -> RunDescription:
         params=flatten(run.config) | {"seed": run.seed},
         tags={
             "corpus": run.corpus,
+            "corpus_sha256": run.splits.text_sha256,
             "splits_sha256": fingerprint,
             "tokenizer_sha256": run.splits.tokenizer.fingerprint,
             "kernels": runtime.kernels,
@@ -455,15 +501,16 @@ def _describe(run: Run, runtime: Runtime) -> RunDescription:
     )
 
 
-def _write_curve(state: State, path: Path) -> None:
+def _write_curve(history: list[Point], tokens_per_step: int, path: Path) -> None:
     """The whole curve as CSV: step, tokens, seconds, train_loss, val_loss, learning_rate; empty where not measured."""
     rows: dict[int, dict[str, float]] = defaultdict(dict)
-    for point in state.history:
+    for point in history:
         rows[point.step] |= point.metrics
     lines = ["step,tokens,seconds,train_loss,val_loss,learning_rate"]
-    keys = ("train/tokens", "train/seconds", "train/loss", "val/loss", "train/learning_rate")
+    keys = ("train/seconds", "train/loss", "val/loss", "train/learning_rate")
     for step, metrics in sorted(rows.items()):
-        lines.append(",".join([str(step), *(f"{metrics[key]:.6g}" if key in metrics else "" for key in keys)]))
+        measured = [f"{metrics[key]:.6g}" if key in metrics else "" for key in keys]
+        lines.append(",".join([str(step), str(step * tokens_per_step), *measured]))
     _write_text(path, "\n".join(lines) + "\n")
 
 

@@ -40,7 +40,8 @@ def main() -> None:
     folder = RUNS / f"{name}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
     if not (folder / "metrics.json").exists():  # it exists where only the lines below were cut short
         corpus = params.corpus.path or params.corpus.name
-        train(Run(arguments.variant, arguments.seed, config, splits, corpus, folder), params.evaluation, params.tracking)
+        run = Run(arguments.variant, arguments.seed, config, splits, corpus, folder)
+        train(run, params.evaluation, params.tracking)
 
     export_checkpoint(folder / "best", MODELS / name)
     (REPORTS / name).mkdir(parents=True, exist_ok=True)

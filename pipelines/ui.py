@@ -1,8 +1,6 @@
 """Not a stage: `make ui`. MLflow's pages for the store of params.yaml, on this machine only."""
 
-import contextlib
 import os
-import subprocess
 
 from chargpt.errors import user_errors
 
@@ -13,9 +11,9 @@ def main() -> None:
 
     tracking = load_params().tracking
     command = ui_command(tracking)
-    print(f"runs    {ui_url(tracking)}\ncurves  {ui_url(tracking, 'charts')}\nready in some seconds; Ctrl-C ends it", flush=True)
-    with contextlib.suppress(KeyboardInterrupt):
-        subprocess.run(command, env=os.environ | UI_ENVIRONMENT, check=False)
+    print(f"runs    {ui_url(tracking)}\ncurves  {ui_url(tracking, 'charts')}")
+    print("ready in some seconds; Ctrl-C ends it", flush=True)
+    os.execve(command[0], command, os.environ | UI_ENVIRONMENT)  # noqa: S606 -- becomes the server: one Ctrl-C ends it
 
 
 if __name__ == "__main__":

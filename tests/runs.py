@@ -4,14 +4,14 @@ A moment is a training step or an operation on a file below the run's folder, so
 "killed anywhere". Children come from a fork server that has torch loaded already.
 """
 
-import dataclasses
+import contextlib
 import errno
 import multiprocessing
 import os
 import random
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from chargpt.config import (
 )
 from chargpt.data import Splits, split_tokens
 from chargpt.tokenizers import build_tokenizer
+from chargpt.tracking import Point
 from chargpt.training import Run
 
 EVALUATION = EvaluationConfig(nanogpt_batches=2, sliding_stride=4)
@@ -81,7 +82,19 @@ def make_run(folder: Path, config: TrainConfig = BIGRAM, text: str | None = None
 
 
 def train(folder: Path, config: TrainConfig = BIGRAM, text: str | None = None, seed: int = 1) -> dict[str, Any]:
-    return training.train(make_run(folder, config, text, seed), EVALUATION, TrackingConfig(enabled=False))
+    with one_thread():
+        return training.train(make_run(folder, config, text, seed), EVALUATION, TrackingConfig(enabled=False))
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """The sums here are too short to share, and the number of threads decides how they round."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def result(folder: Path) -> dict[str, Any]:
@@ -108,7 +121,7 @@ def weights(folder: Path, name: str = "last") -> dict[str, torch.Tensor]:
     return load_file(folder / name / "model.safetensors")
 
 
-# --------------------------------------------------------------------------------------------------------------- moments
+# -------------------------------------------------------------------------------------------------------------- moments
 
 
 class Moments:
@@ -172,10 +185,38 @@ def disk_full(first: int) -> Callable[[int, str], None]:
     return at
 
 
-# -------------------------------------------------------------------------------------------------------------- processes
+class FakeTracker:
+    """What a tracker was told."""
+
+    run_id, url = "a-run", None
+
+    def __init__(self) -> None:
+        self.histories: list[list[int]] = []  # steps
+        self.finished: list[str] = []
+        self.model: dict[str, bytes] = {}  # files of the model that was handed over
+        self.summary: dict[str, float] = {}
+        self.artifacts: list[str] = []
+
+    def log(self, history: Sequence[Point]) -> None:
+        self.histories.append([point.step for point in history])
+
+    def finish(
+        self,
+        status: str,
+        summary: dict[str, float] | None = None,
+        artifacts: Sequence[Path] = (),
+        model: Path | None = None,
+    ) -> None:
+        self.finished.append(status)
+        self.summary = summary or {}
+        self.artifacts = [path.name for path in artifacts if path.exists()]
+        self.model = {path.name: path.read_bytes() for path in model.iterdir()} if model else {}
+
+
+# ------------------------------------------------------------------------------------------------------------ processes
 
 _processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["runs"])
+_processes.set_forkserver_preload(["chargpt.training", "pytest"])
 
 
 def in_process(folder: Path, config: TrainConfig, kill_at: int | None = None) -> int:
@@ -193,10 +234,5 @@ def _child(folder: Path, config: TrainConfig, kill_at: int | None) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-    torch.set_num_threads(1)
     with Moments(folder, at):
         train(folder, config)
-
-
-def replace(config: TrainConfig, **changes: Any) -> TrainConfig:
-    return dataclasses.replace(config, **changes)

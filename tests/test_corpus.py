@@ -481,7 +481,7 @@ def test_own_text_that_is_none_is_refused(data: bytes, encoding: str, complaints
     assert not (tmp_path / "raw").exists()
 
 
-@pytest.mark.parametrize(("path", "complaint"), [("missing.txt", "does not exist"), ("", "corpus.path is empty")])
+@pytest.mark.parametrize(("path", "complaint"), [("missing.txt", "does not exist"), ("", "path of the text is empty")])
 def test_a_missing_file_is_named(path: str, complaint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CorpusError, match=complaint):

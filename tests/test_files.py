@@ -1,4 +1,4 @@
-"""Writing in one piece: whatever happens inside the block, a reader sees the old content or the new, and no leftovers."""
+"""Writing in one piece: whatever happens inside the block, readers see the old content or the new, and no leftovers."""
 
 import os
 import stat
@@ -41,7 +41,7 @@ def test_a_failing_block_leaves_the_old_file_and_nothing_else(
     path = tmp_path / "file.bin"
     if old is not None:
         path.write_bytes(old)
-    with pytest.raises(failure), replaced_file(path) as file:
+    with pytest.raises(failure), replaced_file(path) as file:  # noqa: PT012
         file.write(b"half of the ne")
         raise failure
     assert names(tmp_path) == ([] if old is None else ["file.bin"])
@@ -128,7 +128,7 @@ def test_a_failing_block_leaves_the_old_folder_and_nothing_else(
     if exists:
         folder.mkdir()
         (folder / "old").touch()
-    with pytest.raises(failure), replaced_folder(folder) as temporary:
+    with pytest.raises(failure), replaced_folder(folder) as temporary:  # noqa: PT012
         (temporary / "new").touch()
         raise failure
     assert names(tmp_path) == (["folder"] if exists else [])
@@ -143,6 +143,8 @@ def test_ctrl_c_while_the_old_folder_is_removed_loses_neither(tmp_path: Path, mo
 
     def interrupted(path: Path, **options: bool) -> None:
         monkeypatch.setattr(files.shutil, "rmtree", remove)  # once
+        if path.exists():
+            (next(path.iterdir())).unlink()
         raise KeyboardInterrupt
 
     monkeypatch.setattr(files.shutil, "rmtree", interrupted)

@@ -9,7 +9,7 @@ import runs
 from chargpt.checkpoint import load_model, load_state
 from chargpt.config import override
 
-SHORT = override(runs.BIGRAM, ["max_steps=4", "eval_interval=2", "log_interval=3"])
+SHORT = override(runs.BIGRAM, ["max_steps=2", "eval_interval=2", "log_interval=3"])
 
 
 @pytest.mark.parametrize("case", runs.CASES)

@@ -30,7 +30,7 @@ def build_model(config: ModelConfig, vocab_size: int, seed: int, kernels: str = 
     `kernels` names the implementation of attention and cross-entropy (see `chargpt.kernels`).
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # of the CPU alone, where weights are made
         if isinstance(config, BigramConfig):
             return BigramLanguageModel(config, vocab_size, kernels)
         return Transformer(config, vocab_size, kernels)

@@ -1,0 +1,308 @@
+"""`chargpt` at the command line: train, sample, eval and info on one's own text, and signals from a terminal."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import runs
+
+from chargpt import __version__, cli
+from chargpt.config import TokenizerConfig
+from chargpt.data import split_tokens, write_splits
+from chargpt.tokenizers import build_tokenizer
+
+TINY = [
+    *("--set", "max_steps=12", "--set", "batch_size=4", "--set", "eval_interval=6", "--set", "device=cpu"),
+    *("--set", "model.block_size=8", "--set", "model.n_layer=1", "--set", "model.n_head=2", "--set", "model.n_embd=8"),
+]
+COMMAND = [sys.executable, "-c", "from chargpt.cli import main; main()"]
+Chargpt = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def chargpt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Chargpt:
+    """Run a command in an empty folder: exit code, stdout, stderr."""
+    monkeypatch.chdir(tmp_path)
+    return commander(monkeypatch, capsys)
+
+
+def commander(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Chargpt:
+    def run(*arguments: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["chargpt", *map(str, arguments)])
+        capsys.readouterr()
+        code = 0
+        try:
+            with runs.one_thread():
+                cli.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with my.txt (emoji and Cyrillic in it) and its finished run in runs/my."""
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "my.txt").write_text(runs.words(), encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(folder)
+        patched.setattr(sys, "argv", ["chargpt", "train", "my.txt", *TINY])
+        with runs.one_thread():
+            cli.main()
+        yield folder
+
+
+# ----------------------------------------------------------------------------------------------------------------- help
+
+
+@pytest.mark.parametrize("command", ["train", "sample", "eval", "info"])
+def test_help_of_each_command_has_examples_that_parse(command: str, chargpt: Chargpt) -> None:
+    code, out, err = chargpt(command, "--help")
+    assert (code, err) == (0, "")
+    examples = re.findall(rf"^  (chargpt {command}.*?)(?:  .*)?$", out.split("examples:")[1], re.M)
+    assert len(examples) >= 2
+    for example in examples:
+        cli.build_parser().parse_args(shlex.split(example)[1:])
+
+
+def test_help_lists_the_commands_and_version_is_the_packages(chargpt: Chargpt) -> None:
+    code, out, _ = chargpt("--help")
+    assert code == 0
+    assert all(f"    {command} " in out for command in ("train", "sample", "eval", "info"))
+    assert chargpt("--version")[:2] == (0, f"chargpt {__version__}\n")
+
+
+# ---------------------------------------------------------------------------------------------------------------- train
+
+
+def test_training_leaves_a_run_that_needs_nothing_else(trained: Path) -> None:
+    run = trained / "runs" / "my"
+    names = {path.name for path in run.iterdir() if not path.name.startswith((".", "step-"))}
+    assert names == {"best", "last", "config.yaml", "curve.csv", "data", "metrics.json", "sample.txt"}
+    assert not (trained / "mlflow.db").exists()
+
+
+def test_training_says_the_loss_where_it_is_and_how_to_sample(chargpt: Chargpt, tmp_path: Path) -> None:
+    (tmp_path / "poems").mkdir()
+    (tmp_path / "poems" / "a.txt").write_text(runs.words(2000), encoding="utf-8")
+    (tmp_path / "poems" / "b.txt").write_text(runs.words(2000, seed=1), encoding="utf-8")
+    code, out, err = chargpt("train", "poems", "--out", "there/it-is", "--set", "model.kind=bigram", *TINY[:8])
+    assert code == 0
+    loss = json.loads(Path("there/it-is/metrics.json").read_text())["val_full"]
+    first, second = out.splitlines()
+    assert first.startswith(f"validation loss {loss:.4f} nats per token at step ")
+    assert first.endswith("in there/it-is")
+    assert second == "sample it: chargpt sample there/it-is --stream"
+    assert "MiB of memory" in err
+    assert chargpt(*second.split()[3:], "--max-new-tokens", "5")[0] == 0
+
+
+def test_a_finished_run_is_not_trained_again(chargpt: Chargpt, trained: Path) -> None:
+    os.chdir(trained)
+    code, out, err = chargpt("train", "my.txt", *TINY)
+    assert (code, out) == (2, "")
+    assert err == "chargpt: error: runs/my holds a finished run; choose another folder, or delete it to train again\n"
+
+
+def test_the_config_of_a_variant_can_be_a_file(chargpt: Chargpt, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(runs.words(), encoding="utf-8")
+    (tmp_path / "variant.yaml").write_text("model: {kind: bigram, block_size: 4}\nmax_steps: 3\ndevice: cpu\n")
+    assert chargpt("train", "text.txt", "--config", "variant.yaml", "--set", "max_steps=5")[0] == 0
+    metrics = json.loads(Path("runs/text/metrics.json").read_text())
+    assert (metrics["variant"], metrics["steps"], metrics["tokens"]) == ("bigram", 5, 5 * 12 * 4)
+
+
+def test_the_seed_decides_the_run(chargpt: Chargpt, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(runs.words(), encoding="utf-8")
+    for out, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        assert chargpt("train", "text.txt", "--out", out, "--seed", seed, *TINY)[0] == 0
+    models = [Path(out, "last", "model.safetensors").read_bytes() for out in "abc"]
+    assert models[0] == models[1] != models[2]
+
+
+# ------------------------------------------------------------------------------------------------------ sample and eval
+
+
+@pytest.mark.parametrize("prompt", ["", "to be ", "🙂 мир"])
+@pytest.mark.parametrize("options", [[], ["--temperature", "0"], ["--top-k", "3", "--top-p", "0.9", "--seed", "7"]])
+def test_streaming_shows_what_not_streaming_shows(
+    prompt: str, options: list[str], chargpt: Chargpt, trained: Path
+) -> None:
+    arguments = ["sample", trained / "runs/my", "--prompt", prompt, "--max-new-tokens", "30", *options]
+    whole, streamed = chargpt(*arguments), chargpt(*arguments, "--stream")
+    assert whole == streamed
+    assert whole[0] == 0
+    assert whole[1].startswith(prompt)
+    assert len(whole[1]) == len(prompt) + 30 + 1
+    assert chargpt(*arguments) == whole  # seeded
+
+
+def test_several_samples_differ_and_are_set_apart(chargpt: Chargpt, trained: Path) -> None:
+    _, out, _ = chargpt("sample", trained / "runs/my", "--num-samples", "3", "--max-new-tokens", "40")
+    samples = out.split("\n---\n")
+    assert len(samples) == len(set(samples)) == 3
+
+
+def test_a_checkpoint_can_be_sampled_from_anywhere(chargpt: Chargpt, trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained / "runs/my/best", tmp_path / "alone")
+    shown = [chargpt("sample", path, "--max-new-tokens", "20") for path in (trained / "runs/my", "alone")]
+    assert shown[0] == shown[1]
+
+
+def test_eval_gives_the_numbers_of_the_run(chargpt: Chargpt, trained: Path) -> None:
+    metrics = json.loads((trained / "runs/my/metrics.json").read_text())
+    code, out, err = chargpt("eval", trained / "runs/my", "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out) == {name: metrics[f"val_{name}"] for name in ("full", "sliding", "nanogpt")}
+    _, out, _ = chargpt("eval", trained / "runs/my/last", "--protocol", "full")
+    assert out == f"full     {metrics['val_full_last']:.4f} nats per token\n"
+
+
+def test_eval_scores_another_text_in_the_same_symbols(chargpt: Chargpt, trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "other.txt").write_text(runs.words(500, seed=3), encoding="utf-8")
+    (tmp_path / "random.txt").write_text("zq" * 100, encoding="utf-8")
+    code, out, _ = chargpt("eval", trained / "runs/my", "--text", "other.txt", "--protocol", "full", "--json")
+    assert code == 0
+    assert 0 < json.loads(out)["full"] < 5
+    code, out, err = chargpt("eval", trained / "runs/my", "--text", "random.txt")
+    assert (code, out) == (2, "")
+    assert "'z'" in err
+
+
+def test_eval_refuses_the_data_of_another_tokenizer(chargpt: Chargpt, trained: Path, tmp_path: Path) -> None:
+    tokenizer = build_tokenizer(TokenizerConfig(), "abc")
+    write_splits(tmp_path / "splits", split_tokens(tokenizer.encode("abc" * 100), tokenizer, 0.1))
+    code, out, err = chargpt("eval", trained / "runs/my", "--data", "splits")
+    assert (code, out) == (2, "")
+    assert "was trained with another tokenizer (" in err
+
+
+def test_eval_of_a_checkpoint_without_data_says_what_to_give(chargpt: Chargpt, trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained / "runs/my/best", tmp_path / "alone")
+    code, _, err = chargpt("eval", "alone")
+    assert code == 2
+    assert "--data" in err
+    assert "--text" in err
+
+
+# ----------------------------------------------------------------------------------------------------------------- info
+
+
+def test_info_for_people_and_as_json(chargpt: Chargpt) -> None:
+    code, text, err = chargpt("info")
+    assert (code, err) == (0, "")
+    assert text.startswith(f"chargpt {__version__}, Python ")
+    code, out, err = chargpt("info", "--json")
+    assert (code, err) == (0, "")
+    info = json.loads(out)
+    assert {"packages", "cpu", "gpus", "native_module", "kernels", "chosen"} <= info.keys()
+    assert all(state in text for state in info["kernels"].values())
+
+
+# ------------------------------------------------------------------------------------------------ processes and signals
+
+
+def start(folder: Path, *arguments: str, **options: int) -> "subprocess.Popen[str]":
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
+        "OMP_NUM_THREADS": "1",
+    }
+    return subprocess.Popen(
+        [*COMMAND, *arguments],
+        cwd=folder,
+        env=environment,
+        text=True,
+        **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options},  # type: ignore[call-overload]
+    )
+
+
+def one_error(err: str) -> str:
+    """The error in what a command wrote to stderr: one, on one line, without a traceback."""
+    assert "Traceback" not in err
+    lines = [line for line in err.splitlines() if line.startswith("chargpt: error: ")]
+    assert len(lines) == 1, err
+    assert err.splitlines()[-1] == lines[0]
+    return lines[0]
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_to_the_command_saves_and_the_same_command_finishes(name: str, tmp_path: Path) -> None:
+    (tmp_path / "my.txt").write_text(runs.words(), encoding="utf-8")
+    arguments = ["train", "my.txt", *TINY, "--set", "max_steps=4000", "--set", "eval_interval=4000"]
+    process = start(tmp_path, *arguments)
+    while not (tmp_path / "runs/my/last").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    time.sleep(0.3)
+    process.send_signal(getattr(signal, name))
+    out, err = process.communicate(timeout=60)
+    shown = "Ctrl-C" if name == "SIGINT" else "SIGTERM"
+    assert (process.returncode, out) == (2, "")
+    step = re.search(rf"stopped at step (\d+) by {shown}; everything is saved in runs/my", one_error(err))
+    assert step
+    assert 0 < int(step[1]) < 4000
+    process = start(tmp_path, *arguments)  # and on, to be stopped again
+    line = ""
+    while "going on from step" not in line:
+        line = process.stderr.readline()  # type: ignore[union-attr]
+        assert line, process.communicate()
+    assert f"going on from step {step[1]} " in line
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+
+@pytest.mark.parametrize("delay", [0.15, 0.6, 1.2, 1.8])
+def test_ctrl_c_while_python_and_torch_load_is_quiet(delay: float, tmp_path: Path) -> None:
+    """Before main() runs Python itself ends on the signal; from there on it is exit code 2 and one line."""
+    (tmp_path / "my.txt").write_text(runs.words(), encoding="utf-8")
+    ready = "import sys; from chargpt.cli import main; print('ready', flush=True); main()"
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
+        "OMP_NUM_THREADS": "1",
+    }
+    process = subprocess.Popen(
+        [sys.executable, "-c", ready, "train", "my.txt", *TINY, "--set", "max_steps=100000"],
+        cwd=tmp_path,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(delay)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2, err
+    one_error(err)
+    assert not list(tmp_path.glob("runs/my/.step-*"))
+
+
+def test_a_reader_that_goes_away_is_no_error(trained: Path) -> None:
+    process = start(trained, "sample", "runs/my", "--stream", "--max-new-tokens", "3000")
+    assert process.stdout is not None
+    process.stdout.read(1)
+    process.stdout.close()
+    process.wait(60)
+    assert process.stderr is not None
+    assert (process.returncode, process.stderr.read()) == (0, "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_full_disk_behind_stdout_is_one_error(trained: Path) -> None:
+    with open("/dev/full", "w") as full:
+        process = start(trained, "sample", "runs/my", "--max-new-tokens", "10", stdout=full.fileno())
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "No space left on device" in one_error(err)

@@ -1,0 +1,129 @@
+"""The comparison of runs: a Markdown table with mean ± standard deviation, and a picture of the curves."""
+
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chargpt.comparison import comparison_table, plot_curves, read_curve
+
+pytest.importorskip("matplotlib", reason="the picture needs chargpt[pipeline]")
+
+
+def row(variant: str, seed: int, val_full: float, **more: Any) -> dict[str, Any]:
+    return {
+        "variant": variant,
+        "seed": seed,
+        "parameters": 804_096,
+        "steps": 2000,
+        "seconds": 70.25,
+        "tokens_per_second": 21_868.4,
+        "val_full": val_full,
+        "val_sliding": 1.8,
+        "val_nanogpt": 1.9,
+        "kernels": "torch",
+    } | more
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def curve(path: Path, lines: list[str]) -> Path:
+    path.write_text("\n".join(["step,tokens,seconds,train_loss,val_loss,learning_rate", *lines]) + "\n")
+    return path
+
+
+# --------------------------------------------------------------------------------------------------------------- table
+
+
+def test_a_variant_is_one_line_with_mean_and_deviation_over_its_seeds() -> None:
+    rows = [row("a", 1, 1.0), row("a", 2, 1.2), row("a", 3, 1.4)]
+    header, rule, line = comparison_table(rows).splitlines()
+    table = dict(zip(cells(header), cells(line), strict=True))
+    assert len(cells(rule)) == len(cells(header))
+    assert table == {
+        "variant": "a",
+        "seeds": "3",
+        "parameters": "804,096",
+        "steps": "2,000",
+        "tokens/s": "21,868",
+        "seconds": "70.2",
+        "val (full)": "1.2000 ± 0.2000",  # the sample's deviation: √((0.04 + 0 + 0.04) / 2)
+        "val (sliding)": "1.8000",  # equal values need no deviation
+        "val (nanogpt)": "1.9000",
+        "kernels": "torch",
+    }
+
+
+def test_one_seed_has_no_deviation() -> None:
+    assert "±" not in comparison_table([row("a", 1, 1.23456)])
+    assert "| 1.2346 |" in comparison_table([row("a", 1, 1.23456)])
+
+
+def test_variants_stay_in_their_order_even_when_their_rows_are_mixed() -> None:
+    lines = comparison_table([row("z", 1, 1.0), row("a", 1, 2.0), row("z", 2, 3.0)]).splitlines()
+    assert [cells(line)[:2] for line in lines[2:]] == [["z", "2"], ["a", "1"]]
+    assert "2.0000 ± 1.4142" in lines[2]
+    assert "±" not in lines[3]
+
+
+def test_every_implementation_of_the_kernels_is_named() -> None:
+    rows = [row("a", 1, 1.0), row("a", 2, 1.0, kernels="cpp"), row("a", 3, 1.0)]
+    assert cells(comparison_table(rows).splitlines()[2])[-1] == "cpp, torch"
+
+
+def test_no_rows_give_the_header_alone() -> None:
+    assert len(comparison_table([]).splitlines()) == 2
+
+
+# --------------------------------------------------------------------------------------------------------------- curves
+
+
+def test_points_hold_what_was_measured_there(tmp_path: Path) -> None:
+    path = curve(tmp_path / "curve.csv", ["0,0,0.0,,4.2,", "10,7680,0.5,3.1,,0.001", "20,15360,1.0,2.9,3.0,0.001"])
+    points = read_curve(path)
+    assert points[0] == {"step": 0, "tokens": 0, "seconds": 0, "val_loss": 4.2}
+    assert points[1] == {"step": 10, "tokens": 7680, "seconds": 0.5, "train_loss": 3.1, "learning_rate": 0.001}
+    assert points[2]["val_loss"] == 3.0
+
+
+def test_a_run_without_points_has_an_empty_curve(tmp_path: Path) -> None:
+    assert read_curve(curve(tmp_path / "curve.csv", [])) == []
+
+
+def test_the_picture_is_a_png_with_something_drawn_in_it(tmp_path: Path) -> None:
+    first = curve(tmp_path / "1.csv", ["0,0,0.0,,4.2,", "10,7680,0.5,3.1,,0.001", "20,15360,1.0,2.9,3.0,0.001"])
+    second = curve(tmp_path / "2.csv", ["10,7680,0.5,3.2,,0.001", "20,15360,1.0,3.0,,0.001"])  # never evaluated
+    third = curve(tmp_path / "3.csv", [])
+    picture = tmp_path / "reports" / "curves.png"
+    plot_curves({"a": [first, second], "b": [third, first]}, picture)
+    content = picture.read_bytes()
+    assert content.startswith(b"\x89PNG\r\n\x1a\n")
+    assert struct.unpack(">II", content[16:24]) == (960, 600)  # 8 × 5 inches at 120 dots
+    from matplotlib.image import imread
+
+    colours = {tuple(round(float(c), 2) for c in pixel[:3]) for pixel in imread(picture)[::3, ::3].reshape(-1, 4)}
+    assert len(colours) > 50
+    assert [path.name for path in picture.parent.iterdir()] == ["curves.png"]
+
+
+def test_a_picture_of_more_variants_than_colours(tmp_path: Path) -> None:
+    path = curve(tmp_path / "1.csv", ["0,0,0.0,,4.2,", "10,7680,0.5,3.1,3.0,0.001"])
+    plot_curves({"a": [path]}, tmp_path / "one.png")
+    plot_curves({f"variant-{i}": [path] for i in range(12)}, tmp_path / "many.png")
+    assert (tmp_path / "many.png").stat().st_size > (tmp_path / "one.png").stat().st_size > 1000
+
+
+def test_drawing_needs_no_display_and_no_global_state(tmp_path: Path) -> None:
+    path = curve(tmp_path / "1.csv", ["0,0,0.0,,4.2,", "10,7680,0.5,3.1,3.0,0.001"])
+    program = (
+        "import sys; from pathlib import Path; from chargpt.comparison import plot_curves\n"
+        "plot_curves({'a': [Path(sys.argv[1])]}, Path(sys.argv[2]))\n"
+        "sys.exit('matplotlib.pyplot' in sys.modules)"
+    )
+    command = [sys.executable, "-W", "error", "-c", program, str(path), str(tmp_path / "1.png")]
+    assert subprocess.run(command, cwd=Path(__file__).parent.parent).returncode == 0

@@ -1,0 +1,485 @@
+"""Models: every combination of parts trains and never sees the future; each part against an independent computation."""
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from chargpt.config import BigramConfig, ModelConfig, TransformerConfig
+from chargpt.data import Splits, random_batch
+from chargpt.models import Transformer, build_model, parameter_count
+
+V = 11  # symbols
+
+
+def tiny(**parts: Any) -> TransformerConfig:
+    return TransformerConfig(**{"block_size": 7, "n_layer": 2, "n_head": 4, "n_embd": 16} | parts)
+
+
+def batch(length: int = 7, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randint(V, (3, length), generator=generator) for _ in range(2))  # type: ignore[return-value]
+
+
+def shaken(config: ModelConfig, vocab_size: int = V) -> nn.Module:
+    """A float64 model in evaluation mode whose every parameter is random, gains, biases and value embeddings too."""
+    model = build_model(config, vocab_size, seed=0).double().eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    return model
+
+
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "position": ("none", "learned", "rotary"),
+    "norm": ("none", "layernorm", "rmsnorm"),
+    "mlp": ("none", "relu", "gelu", "relu2", "swiglu"),
+    "residual": (True, False),
+    "n_kv_head": (None, 1, 2),
+    "qk_norm": (False, True),
+    "tied_head": (True, False),
+    "logit_softcap": (None, 5.0),
+    "value_embeddings": (False, True),
+    "bias": (False, True),
+}
+
+
+def every_pair_of_choices() -> list[dict[str, Any]]:
+    """Few configurations in which any two choices of any two parts meet: greedy, the same list each time."""
+    names = list(CHOICES)
+    missing = {
+        ((a, i), (b, j))
+        for a, b in itertools.combinations(range(len(names)), 2)
+        for i in range(len(CHOICES[names[a]]))
+        for j in range(len(CHOICES[names[b]]))
+    }
+    generator = torch.Generator().manual_seed(0)
+    chosen = []
+    while missing:
+        candidates = [
+            tuple(int(torch.randint(len(options), (), generator=generator)) for options in CHOICES.values())
+            for _ in range(40)
+        ]
+        best = max(candidates, key=lambda row: len(missing & set(itertools.combinations(enumerate(row), 2))))
+        missing -= set(itertools.combinations(enumerate(best), 2))
+        parts = {name: CHOICES[name][i] for name, i in zip(names, best, strict=True)}
+        chosen.append(parts if parts["residual"] else parts | {"mlp_width": 1.0})
+    return chosen
+
+
+PAIRS = every_pair_of_choices()
+COMBINATIONS: list[ModelConfig] = [BigramConfig(block_size=7), *(tiny(**parts) for parts in PAIRS)]
+everywhere = pytest.mark.parametrize("config", COMBINATIONS, ids=[str(i) for i in range(len(COMBINATIONS))])
+
+
+# -------------------------------------------------------------------------------------------------- the lecture's facts
+
+
+def test_the_lectures_bigram_table_has_the_lectures_loss(shakespeare_splits: Splits) -> None:
+    torch.manual_seed(1337)
+    x, y = random_batch(shakespeare_splits.train, batch_size=4, block_size=8, generator=None)
+    logits, loss = build_model(BigramConfig(), vocab_size=65, seed=1337)(x, y)
+    assert logits.shape == (4, 8, 65)
+    assert loss.item() == pytest.approx(4.8786, abs=5e-5)
+
+
+def test_a_model_that_knows_nothing_guesses_uniformly(shakespeare_splits: Splits) -> None:
+    x, y = random_batch(shakespeare_splits.train, 4, 8, torch.Generator().manual_seed(0))
+    for config in (BigramConfig(), TransformerConfig(block_size=8)):
+        model = build_model(config, vocab_size=65, seed=0)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.zero_()
+        assert model(x, y)[1].item() == pytest.approx(4.1744, abs=5e-5) == pytest.approx(math.log(65), abs=5e-5)
+    # GPT-2's initialisation starts close to that.
+    fresh = build_model(TransformerConfig(block_size=8), vocab_size=65, seed=0)(x, y)[1].item()
+    assert fresh == pytest.approx(math.log(65), abs=0.1)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        tiny(n_layer=1, n_head=1, n_embd=32, block_size=8, residual=False, norm="none", mlp="none", tied_head=False),
+        tiny(n_layer=1, n_head=4, n_embd=32, block_size=8, residual=False, norm="none", mlp="none", tied_head=False),
+        tiny(n_layer=1, n_embd=32, residual=False, norm="none", mlp="relu", mlp_width=1.0, tied_head=False),
+        tiny(n_layer=3, n_embd=32, norm="none", mlp="relu", tied_head=False, bias=True),
+        tiny(n_layer=3, n_embd=32, norm="layernorm", mlp="relu", tied_head=False, bias=True),
+    ],
+    ids=["one head", "four heads", "feed-forward", "residual", "layer norm"],
+)
+def test_the_lectures_steps_learn_one_batch(config: TransformerConfig) -> None:
+    model = build_model(config, V, seed=0)
+    x, y = batch()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    first = model(x, y)[1].item()
+    for _ in range(60):
+        optimizer.zero_grad()
+        model(x, y)[1].backward()
+        optimizer.step()
+    assert model(x, y)[1].item() < first - 0.3
+
+
+def test_one_head_of_the_lecture_has_its_parameters() -> None:
+    config = tiny(
+        n_layer=1, n_head=1, n_embd=32, block_size=8, residual=False, norm="none", mlp="none", tied_head=False
+    )
+    # Two embeddings, key, query and value without biases, and the head; the lecture's head has a bias of 65 more.
+    assert parameter_count(build_model(config, 65, 0)) == 65 * 32 + 8 * 32 + 3 * 32 * 32 + 32 * 65
+
+
+# ----------------------------------------------------------------------------------------------------- all combinations
+
+
+def test_the_combinations_hold_every_pair_of_choices() -> None:
+    for (a, options), (b, others) in itertools.combinations(CHOICES.items(), 2):
+        met = {(parts[a], parts[b]) for parts in PAIRS}
+        assert met == set(itertools.product(options, others))
+
+
+@everywhere
+def test_every_combination_trains_all_of_its_parameters(config: ModelConfig) -> None:
+    model = shaken(config).train()
+    x, y = batch()
+    logits, loss = model(x, y)
+    assert logits.shape == (3, 7, V)
+    assert loss.shape == ()
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert torch.isfinite(parameter.grad).all(), name
+        assert (parameter.grad != 0).any(), name
+
+
+@everywhere
+def test_every_combination_starts_finite_in_float32(config: ModelConfig) -> None:
+    model = build_model(config, V, seed=0)
+    x, y = batch()
+    _, loss = model(x, y)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert math.isfinite(loss.item())
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+@everywhere
+def test_the_future_never_changes_the_past(config: ModelConfig) -> None:
+    model = shaken(config)
+    x, _ = batch()
+    logits, _ = model(x)
+    for t in range(1, 7):
+        changed = x.clone()
+        changed[:, t:] = (changed[:, t:] + 1) % V
+        assert torch.equal(model(changed)[0][:, :t], logits[:, :t])
+        assert not torch.equal(model(changed)[0][:, t], logits[:, t])
+
+
+@everywhere
+def test_the_past_reaches_every_later_token_of_a_transformer_and_none_of_a_bigram(config: ModelConfig) -> None:
+    model = shaken(config)
+    x, _ = batch()
+    changed = x.clone()
+    changed[:, 0] = (changed[:, 0] + 1) % V
+    same = (model(changed)[0] == model(x)[0]).all(-1)[:, 1:]
+    assert same.all() if isinstance(config, BigramConfig) else not same.any()
+
+
+@everywhere
+def test_the_loss_is_the_cross_entropy_of_the_logits(config: ModelConfig) -> None:
+    model = shaken(config)
+    x, y = batch()
+    logits, loss = model(x, y)
+    torch.testing.assert_close(loss, F.cross_entropy(logits.flatten(0, 1), y.flatten()))
+    alone, none = model(x)
+    assert none is None
+    assert torch.equal(alone, logits)
+
+
+@everywhere
+def test_rows_of_a_batch_do_not_meet(config: ModelConfig) -> None:
+    model = shaken(config)
+    x, _ = batch()
+    together = model(x)[0]
+    alone = torch.cat([model(row[None])[0] for row in x])
+    torch.testing.assert_close(alone, together, atol=1e-10, rtol=1e-10)
+
+
+@everywhere
+def test_weights_depend_on_the_seed_alone_and_leave_torchs_generator_as_it_was(config: ModelConfig) -> None:
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    first = build_model(config, V, seed=3).state_dict()
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(6)
+    second = build_model(config, V, seed=3).state_dict()
+    other = build_model(config, V, seed=4).state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+@everywhere
+def test_short_texts_are_welcome_and_long_ones_refused(config: ModelConfig) -> None:
+    model = shaken(config)
+    assert model(batch(length=1)[0])[0].shape == (3, 1, V)
+    if isinstance(config, TransformerConfig):
+        with pytest.raises(ValueError, match="8 tokens were fed to a model whose block_size is 7"):
+            model(batch(length=8)[0])
+
+
+# ----------------------------------------------------------------------------------------------------------- parameters
+
+
+def test_nanogpts_cpu_configuration_has_804_096_parameters() -> None:
+    model = build_model(TransformerConfig(), vocab_size=65, seed=0)
+    V, T, C, L = 65, 64, 128, 4
+    per_block = 3 * C * C + C * C + 4 * C * C + 4 * C * C + 2 * C  # qkv, projection, two of the MLP, two gains
+    assert parameter_count(model) == V * C + T * C + L * per_block + C == 804_096
+    assert parameter_count(model) - T * C == 795_904  # nanoGPT prints 0.80M, without the positions
+
+
+def test_a_tied_head_is_the_embedding_and_counts_once() -> None:
+    tied, untied = (build_model(tiny(tied_head=tied), V, seed=0) for tied in (True, False))
+    assert parameter_count(untied) - parameter_count(tied) == V * 16
+    assert "head.weight" not in tied.state_dict()
+    zeros = torch.zeros(1, 7, dtype=torch.long)
+    tied(zeros, zeros)[1].backward()
+    assert (tied.token_embedding.weight.grad[5] != 0).any()  # as a row of the head: token 5 was no input
+    untied(zeros, zeros)[1].backward()
+    assert (untied.token_embedding.weight.grad[5] == 0).all()
+
+
+def test_initial_weights_have_gpt2s_widths() -> None:
+    config = TransformerConfig(n_layer=3, n_embd=256, bias=True, tied_head=False, value_embeddings=True)
+    model = build_model(config, vocab_size=300, seed=0)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias") or "value_embedding" in name:
+            assert (parameter == 0).all(), name
+        elif "norm" in name:
+            assert (parameter == 1).all(), name
+        else:
+            wanted = 0.02 / math.sqrt(6) if "projection" in name else 0.02
+            assert parameter.std().item() == pytest.approx(wanted, rel=0.03), name
+            assert parameter.mean().item() == pytest.approx(0, abs=wanted / 30), name
+
+
+# ----------------------------------------------------------------------------------------------------- part by part
+
+
+@pytest.mark.parametrize("cap", [0.5, 5.0, 30.0])
+def test_a_softcap_bounds_the_logits_by_its_formula(cap: float) -> None:
+    free, capped = shaken(tiny()), shaken(tiny(logit_softcap=cap))
+    x, _ = batch()
+    logits = 50 * free(x)[0]
+    with torch.no_grad():
+        for model in (free, capped):
+            model.norm.weight *= 50
+    torch.testing.assert_close(free(x)[0], logits)
+    assert free(x)[0].abs().max() > cap
+    assert capped(x)[0].abs().max() <= cap
+    torch.testing.assert_close(capped(x)[0], cap * torch.tanh(logits / cap))
+
+
+def test_value_embeddings_begin_as_the_model_without_them() -> None:
+    without = build_model(tiny(), V, seed=0)
+    with_them = build_model(tiny(value_embeddings=True), V, seed=1)
+    missing = with_them.load_state_dict(without.state_dict(), strict=False)
+    assert missing.missing_keys == [f"blocks.{i}.attention.value_embedding.weight" for i in range(2)]
+    x, y = batch()
+    for a, b in zip(without(x, y), with_them(x, y), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_value_embeddings_add_a_row_of_their_table_to_the_values() -> None:
+    # One layer, one token: attention returns the value itself, so the table's row passes straight through.
+    model = shaken(tiny(n_layer=1, mlp="none", norm="none", residual=False, value_embeddings=True, tied_head=False))
+    idx = torch.tensor([[3]])
+    x = model.token_embedding.weight[3] + model.position_embedding.weight[0]
+    value = model.blocks[0].attention.qkv.weight[-16:] @ x + model.blocks[0].attention.value_embedding.weight[3]
+    torch.testing.assert_close(model(idx)[0][0, 0], model.head.weight @ value)
+
+
+def test_rotary_scores_depend_on_distance_alone() -> None:
+    rotary = build_model(tiny(position="rotary", block_size=32), V, 0).double().blocks[0].attention.rotary
+    q, k = torch.randn(2, 1, 1, 1, 4, dtype=torch.float64)
+    scores = rotary(q.expand(1, 1, 32, 4)) @ rotary(k.expand(1, 1, 32, 4)).mT  # (1, 1, 32, 32)
+    for distance in range(-31, 32):
+        diagonal = scores[0, 0].diagonal(distance)
+        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), atol=1e-5, rtol=0)  # float32 angles
+    torch.testing.assert_close(rotary(q)[..., 0, :], q[..., 0, :])  # position 0 turns nothing
+    assert scores[0, 0, 0].std() > 1e-3
+
+
+def test_rotary_is_multiplication_by_a_unit_complex_number() -> None:
+    rotary = build_model(tiny(position="rotary", block_size=32, n_embd=32), V, 0).blocks[0].attention.rotary  # D = 8
+    x = torch.randn(2, 3, 32, 8)
+    turned = rotary(x)
+    z = torch.complex(x[..., :4], x[..., 4:])
+    angle = torch.arange(32)[:, None] * 10000.0 ** (-2 * torch.arange(4) / 8)
+    wanted = z * torch.polar(torch.ones_like(angle), angle)
+    torch.testing.assert_close(turned, torch.cat([wanted.real, wanted.imag], -1), atol=1e-5, rtol=1e-5)
+
+
+def test_without_positions_the_order_of_the_past_does_not_matter_and_with_them_it_does() -> None:
+    x, _ = batch()
+    shuffled = torch.cat([x[:, [2, 0, 3, 1, 5, 4]], x[:, 6:]], dim=1)
+    # One layer: in a second one the earlier tokens would have seen different pasts.
+    for position in ("none", "learned", "rotary"):
+        model = shaken(tiny(n_layer=1, position=position))
+        same = torch.allclose(model(x)[0][:, -1], model(shuffled)[0][:, -1], atol=1e-10)
+        assert same == (position == "none")
+
+
+@pytest.mark.parametrize("n_kv_head", [1, 2])
+@pytest.mark.parametrize("parts", [{}, {"qk_norm": True, "position": "rotary", "value_embeddings": True, "bias": True}])
+def test_grouped_heads_are_repeated_heads(n_kv_head: int, parts: dict[str, Any]) -> None:
+    grouped, full = shaken(tiny(n_kv_head=n_kv_head, **parts)), shaken(tiny(**parts))
+    state = {}
+    for name, tensor in grouped.state_dict().items():
+        if ".qkv." in name:  # rows: 4 query heads of 4 channels, then the key heads, then the value heads
+            q, k, v = tensor.split([16, 4 * n_kv_head, 4 * n_kv_head])
+            tensor = torch.cat(
+                [q, *(x.unflatten(0, (-1, 4)).repeat_interleave(4 // n_kv_head, 0).flatten(0, 1) for x in (k, v))]
+            )
+        elif "value_embedding" in name:
+            tensor = tensor.unflatten(1, (-1, 4)).repeat_interleave(4 // n_kv_head, 1).flatten(1)
+        state[name] = tensor
+    full.load_state_dict(state)
+    x, y = batch()
+    for a, b in zip(grouped(x, y), full(x, y), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
+
+
+def test_qk_norm_makes_the_size_of_queries_and_keys_irrelevant() -> None:
+    model = shaken(tiny(qk_norm=True, n_layer=1))
+    x, _ = batch()
+    before = model(x)[0]
+    with torch.no_grad():
+        model.blocks[0].attention.qkv.weight[:16] *= 100.0
+        model.blocks[0].attention.qkv.weight[16:32] *= 0.5
+    torch.testing.assert_close(model(x)[0], before, atol=1e-4, rtol=1e-4)  # RMSNorm's ε
+
+
+@pytest.mark.parametrize("mlp", ["relu", "gelu", "relu2", "swiglu"])
+def test_each_mlp_is_its_formula(mlp: str) -> None:
+    layer = shaken(tiny(mlp=mlp, bias=True, mlp_width=2.5)).blocks[0].mlp
+    x = torch.randn(5, 16, dtype=torch.float64)
+    h = x @ layer.expand.weight.T + layer.expand.bias
+    match mlp:
+        case "relu":
+            h = h.clamp(min=0)
+        case "relu2":
+            h = h.clamp(min=0) ** 2
+        case "gelu":
+            h = h * 0.5 * (1 + torch.erf(h / math.sqrt(2)))
+        case "swiglu":
+            h = h[:, :40] / (1 + torch.exp(-h[:, :40])) * h[:, 40:]
+    assert h.shape == (5, 40)
+    torch.testing.assert_close(layer(x), h @ layer.projection.weight.T + layer.projection.bias)
+
+
+def test_dropout_acts_in_training_alone_and_comes_from_torchs_generator() -> None:
+    model = build_model(tiny(dropout=0.5), V, seed=0)
+    x, _ = batch()
+    runs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        runs.append(model.train()(x)[0])
+    assert torch.equal(runs[0], runs[1])
+    assert not torch.equal(runs[0], runs[2])
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    model.eval()
+    assert torch.equal(model(x)[0], model(x)[0])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# ------------------------------------------------------------------------------------------------------ a plain twin
+
+
+def plain_gpt(state: dict[str, torch.Tensor], idx: torch.Tensor, n_layer: int, n_head: int) -> torch.Tensor:
+    """GPT-2 as loops over batch, head and query, straight from its equations: logits (B, T, V)."""
+
+    def layer_norm(x: torch.Tensor, name: str) -> torch.Tensor:
+        mean, variance = x.mean(), x.var(correction=0)
+        return (x - mean) / torch.sqrt(variance + 1e-5) * state[f"{name}.weight"] + state[f"{name}.bias"]
+
+    def linear(x: torch.Tensor, name: str) -> torch.Tensor:
+        return state[f"{name}.weight"] @ x + state[f"{name}.bias"]
+
+    rows = []
+    for tokens in idx.tolist():
+        stream = [
+            state["token_embedding.weight"][token] + state["position_embedding.weight"][t]
+            for t, token in enumerate(tokens)
+        ]
+        for block in (f"blocks.{i}" for i in range(n_layer)):
+            qkv = [linear(layer_norm(x, f"{block}.attention_norm"), f"{block}.attention.qkv").chunk(3) for x in stream]
+            for t in range(len(tokens)):
+                heads = []
+                for head in range(n_head):
+                    q = qkv[t][0].chunk(n_head)[head]
+                    k, v = ([qkv[s][part].chunk(n_head)[head] for s in range(t + 1)] for part in (1, 2))
+                    weights = torch.stack([q @ key / math.sqrt(len(q)) for key in k]).softmax(0)
+                    heads.append(sum(w * value for w, value in zip(weights, v, strict=True)))
+                stream[t] = stream[t] + linear(torch.cat(heads), f"{block}.attention.projection")
+                h = linear(layer_norm(stream[t], f"{block}.mlp_norm"), f"{block}.mlp.expand")
+                h = h * 0.5 * (1 + torch.erf(h / math.sqrt(2)))
+                stream[t] = stream[t] + linear(h, f"{block}.mlp.projection")
+        rows.append(torch.stack([state["token_embedding.weight"] @ layer_norm(x, "norm") for x in stream]))
+    return torch.stack(rows)
+
+
+def test_the_defaults_are_gpt2_as_written_from_its_equations() -> None:
+    model = shaken(tiny(bias=True))
+    x, y = batch()
+    parameters = dict(model.named_parameters())
+    wanted = plain_gpt(parameters, x, n_layer=2, n_head=4)
+    logits, loss = model(x, y)
+    torch.testing.assert_close(logits, wanted, atol=1e-11, rtol=1e-11)
+    wanted_loss = -wanted.log_softmax(-1).gather(-1, y[..., None]).mean()
+    ours = torch.autograd.grad(loss, list(parameters.values()))
+    theirs = torch.autograd.grad(wanted_loss, list(parameters.values()))
+    for name, a, b in zip(parameters, ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-11, rtol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize("parts", PAIRS[:4], ids=[str(i) for i in range(4)])
+def test_gradients_are_those_of_finite_differences(parts: dict[str, Any]) -> None:
+    model = shaken(tiny(**parts))
+    x, y = batch()
+    parameters = list(model.parameters())
+    gradients = torch.autograd.grad(model(x, y)[1], parameters)
+    generator = torch.Generator().manual_seed(2)
+    direction = [torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in parameters]
+    step, losses = 1e-6, []
+    with torch.no_grad():
+        for sign in (1, -2):  # to +step, then to −step
+            for parameter, along in zip(parameters, direction, strict=True):
+                parameter += sign * step * along
+            losses.append(model(x, y)[1].item())
+    slope = sum((g * along).sum().item() for g, along in zip(gradients, direction, strict=True))
+    assert (losses[0] - losses[1]) / (2 * step) == pytest.approx(slope, rel=1e-5, abs=1e-7)
+
+
+def test_torch_compile_takes_a_transformer_as_one_graph() -> None:
+    config = tiny(n_layer=1, position="rotary", norm="rmsnorm", mlp="swiglu", n_kv_head=2, logit_softcap=10.0)
+    model = build_model(config, V, seed=0)
+    x, y = batch()
+    expected = model(x, y)[1]
+    expected.backward()
+    wanted = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    loss = torch.compile(model, fullgraph=True)(x, y)[1]
+    loss.backward()
+    torch.testing.assert_close(loss, expected)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, wanted[name], atol=1e-6, rtol=1e-4)
+
+
+def test_a_model_is_a_transformer_or_a_bigram_as_its_config_says() -> None:
+    assert isinstance(build_model(TransformerConfig(), V, 0), Transformer)
+    assert list(build_model(BigramConfig(), V, 0).state_dict()) == ["token_table.weight"]

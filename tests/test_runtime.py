@@ -1,0 +1,116 @@
+"""Device, precision, compilation and kernels: `auto` always finds something and says why, a name is kept or refused."""
+
+from typing import Any
+
+import pytest
+import runs
+import torch
+
+from chargpt.config import TrainConfig, override
+from chargpt.errors import ConfigError
+from chargpt.info import as_text, collect
+from chargpt.runtime import device_name, resolve_device, resolve_runtime
+
+AUTO = TrainConfig()
+without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A machine with one GPU, as far as torch is asked."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    return monkeypatch
+
+
+@without_cuda
+def test_auto_on_a_cpu_gives_each_choice_its_reason() -> None:
+    runtime = resolve_runtime(AUTO)
+    assert (runtime.device, runtime.precision, runtime.compile) == (torch.device("cpu"), "fp32", False)
+    assert runtime.kernels in ("torch", "cpp", "cpp+torch", "torch+cpp")
+    reasons = dict(line.split(": ", 1) for line in runtime.reasons)
+    assert reasons["device cpu"] == "no CUDA GPU is here"
+    assert reasons["precision fp32"]
+    assert reasons["compile off"]
+    assert any(choice.startswith("kernels ") for choice in reasons)
+
+
+def test_auto_on_a_gpu_with_bf16_takes_it_and_compiles(gpu: pytest.MonkeyPatch) -> None:
+    gpu.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    runtime = resolve_runtime(AUTO)
+    assert (runtime.device.type, runtime.precision, runtime.compile) == ("cuda", "bf16", True)
+
+
+def test_auto_on_a_gpu_that_only_emulates_bf16_stays_with_fp32(gpu: pytest.MonkeyPatch) -> None:
+    runtime = resolve_runtime(AUTO)
+    assert (runtime.device.type, runtime.precision) == ("cuda", "fp32")
+    assert "precision fp32: the GPU has no bf16 tensor cores" in runtime.reasons
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("compiled", ["always", "never"])
+def test_what_is_asked_for_is_kept(precision: str, compiled: str) -> None:
+    runtime = resolve_runtime(override(AUTO, ["device=cpu", f"precision={precision}", f"compile={compiled}"]))
+    assert (runtime.precision, runtime.compile) == (precision, compiled == "always")
+    assert sum(line.endswith(": asked for") for line in runtime.reasons) == 3
+    with runtime.autocast():
+        product = torch.ones(2, 2) @ torch.ones(2, 2)
+    assert product.dtype == (torch.bfloat16 if precision == "bf16" else torch.float32)
+
+
+@without_cuda
+@pytest.mark.parametrize("name", ["cuda", "cuda:0", "cuda:7"])
+def test_a_gpu_asked_for_where_none_is_is_an_error_that_says_why(name: str) -> None:
+    for resolve in (resolve_device, lambda wanted: resolve_runtime(override(AUTO, [f"device={wanted}"]))):
+        with pytest.raises(ConfigError, match=f"device {name} was asked for, but torch .* sees 0 CUDA GPUs; use auto"):
+            resolve(name)
+
+
+def test_the_second_gpu_of_a_machine_with_one_is_an_error(gpu: pytest.MonkeyPatch) -> None:
+    assert resolve_device("cuda:0") == torch.device("cuda:0")
+    with pytest.raises(ConfigError, match="sees 1 CUDA GPUs"):
+        resolve_device("cuda:1")
+
+
+@pytest.mark.parametrize("name", ["gpu", "", "tpu:0", "mps", "meta", "cuda:x", "cuda:-1", "CPU"])
+def test_a_device_that_is_none_of_ours_is_an_error(name: str) -> None:
+    with pytest.raises(ConfigError, match="device must be auto, cpu, cuda or cuda:N"):
+        resolve_device(name)
+
+
+@without_cuda
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_kernels_asked_for_that_cannot_run_are_an_error_that_says_why(name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"kernels={name} cannot run causal_attention: .*use kernels=auto"):
+        resolve_runtime(override(AUTO, ["device=cpu", f"kernels={name}"]))
+
+
+def test_the_reference_kernels_can_always_be_asked_for() -> None:
+    assert resolve_runtime(override(AUTO, ["kernels=torch"])).kernels == "torch"
+
+
+def test_the_cpu_has_a_name() -> None:
+    assert device_name(torch.device("cpu")).strip()
+
+
+def test_info_says_what_exists_and_why_the_rest_does_not() -> None:
+    info = collect()
+    assert info["packages"]["torch"].startswith(torch.__version__.split("+")[0])
+    assert info["cpu"]["cores"] >= 1
+    assert info["cpu"]["torch_threads"] == torch.get_num_threads()
+    assert set(info["kernels"]) == {"cuda", "triton", "cpp", "torch"}
+    for state in info["kernels"].values():
+        assert state.startswith(("available: ", "not available: "))
+        assert len(state) > len("not available: ")
+    assert info["chosen"]["cpu"] == resolve_runtime(override(runs.BIGRAM, ["kernels=auto"])).kernels.split("+")[0]
+    text = as_text(info)
+    for name in (*info["kernels"], "torch ", "native module: ", "gpus: "):
+        assert name in text
+
+
+def test_info_names_what_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("chargpt.info.PACKAGES", ("torch", "no-such-package-anywhere"))
+    info = collect()
+    assert info["packages"]["no-such-package-anywhere"] is None
+    assert "no-such-package-anywhere not installed" in as_text(info)

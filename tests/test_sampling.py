@@ -1,0 +1,277 @@
+"""Sampling: from logits to tokens against a naive reference, and from a prompt to text."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from chargpt.config import BigramConfig, SampleConfig, TransformerConfig
+from chargpt.errors import ChargptError, TokenizerError
+from chargpt.models import build_model
+from chargpt.sampling import (
+    generate,
+    generate_text,
+    next_token_probabilities,
+    prompt_tokens,
+    stream_text,
+    stream_tokens,
+)
+from chargpt.tokenizers import CharacterTokenizer
+
+TOKENIZER = CharacterTokenizer("\nabcdefgh ")
+SMALL = TransformerConfig(block_size=6, n_layer=1, n_head=2, n_embd=8)
+
+
+class SpyModel:
+    """Always wants token (last + 1) mod V, and remembers what it was fed."""
+
+    def __init__(self, block_size: int, vocab_size: int = 10) -> None:
+        self.block_size, self.vocab_size = block_size, vocab_size
+        self.fed: list[list[list[int]]] = []
+
+    def __call__(self, idx: torch.Tensor, targets: torch.Tensor | None = None) -> tuple[torch.Tensor, None]:
+        self.fed.append(idx.tolist())
+        return 50.0 * torch.nn.functional.one_hot((idx + 1) % self.vocab_size, self.vocab_size).float(), None
+
+
+# -------------------------------------------------------------------------------------------- logits to probabilities
+
+
+def naive_probabilities(logits: list[float], temperature: float, top_k: int | None, top_p: float | None) -> list[float]:
+    """One row at a time in Python's floats: sort, cut, normalise. Ties are broken by the smaller id."""
+    order = sorted(range(len(logits)), key=lambda token: -logits[token])
+    if temperature == 0:
+        return [float(token == order[0]) for token in range(len(logits))]
+    order = order[:top_k]
+    weights = {token: math.exp((logits[token] - logits[order[0]]) / temperature) for token in order}
+    if top_p is not None and top_p < 1:
+        total, reached = sum(weights.values()), 0.0
+        kept: dict[int, float] = {}
+        for token in order:
+            if reached / total >= top_p:
+                break
+            kept[token] = weights[token]
+            reached += weights[token]
+        weights = kept
+    return [weights.get(token, 0.0) / sum(weights.values()) for token in range(len(logits))]
+
+
+# Whole and half numbers make many ties. The odd top_p are never a sum of a few equal shares, where rounding decides.
+@settings(max_examples=300, deadline=None)
+@given(
+    logits=st.lists(st.integers(-12, 12).map(lambda n: n / 2), min_size=1, max_size=12),
+    temperature=st.sampled_from([0.0, 0.1, 0.8, 1.0, 3.0]),
+    top_k=st.one_of(st.none(), st.integers(1, 15)),
+    top_p=st.sampled_from([None, 0.0137, 0.3141, 0.7321, 0.9573, 1.0]),
+)
+def test_probabilities_are_those_of_the_naive_reference(
+    logits: list[float], temperature: float, top_k: int | None, top_p: float | None
+) -> None:
+    got = next_token_probabilities(torch.tensor([logits, logits]), temperature, top_k, top_p)
+    assert got.dtype == torch.float32
+    assert torch.equal(got[0], got[1])
+    torch.testing.assert_close(got.sum(-1), torch.ones(2), atol=1e-6, rtol=0)
+    wanted = torch.tensor(naive_probabilities(logits, temperature, top_k, top_p))
+    torch.testing.assert_close(got[0], wanted, atol=1e-6, rtol=1e-5)
+    assert torch.equal(got[0] > 0, wanted > 0)
+
+
+def test_rows_are_cut_one_by_one() -> None:
+    logits = torch.tensor([[0.0, 1.0, 2.0], [5.0, 4.0, 0.0]])
+    probabilities = next_token_probabilities(logits, top_k=1)
+    assert probabilities.tolist() == [[0, 0, 1], [1, 0, 0]]
+
+
+def test_temperature_zero_takes_the_likeliest_and_of_equals_the_first() -> None:
+    assert next_token_probabilities(torch.tensor([[1.0, 3.0, 3.0]]), 0).tolist() == [[0, 1, 0]]
+
+
+def test_top_k_keeps_exactly_k_and_of_equals_the_first() -> None:
+    probabilities = next_token_probabilities(torch.tensor([[1.0, 1.0, 2.0, 1.0]]), top_k=2)
+    assert (probabilities[0] > 0).tolist() == [True, False, True, False]
+    assert torch.equal(
+        next_token_probabilities(torch.zeros(1, 5), top_k=1), next_token_probabilities(torch.zeros(1, 5), 0)
+    )
+
+
+def test_top_p_keeps_at_least_one_and_just_enough() -> None:
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
+    kept = {p: int((next_token_probabilities(logits, top_p=p) > 0).sum()) for p in (1e-9, 0.49, 0.51, 0.79, 0.81, 0.96)}
+    assert kept == {1e-9: 1, 0.49: 1, 0.51: 2, 0.79: 2, 0.81: 3, 0.96: 4}
+
+
+def test_top_p_one_changes_nothing_even_far_down_the_tail() -> None:
+    logits = torch.cat([torch.zeros(1, 1000), torch.full((1, 1000), -15.0)], dim=1)
+    probabilities = next_token_probabilities(logits, top_p=1.0)
+    torch.testing.assert_close(probabilities, next_token_probabilities(logits), atol=0, rtol=1e-6)
+    assert probabilities.min() > 0
+    faint = torch.tensor([[0.0, -50.0]])  # 2e-22: lost in a running sum, even in float64
+    assert next_token_probabilities(faint, top_p=1.0)[0, 1] > 0
+
+
+def test_top_p_counts_what_top_k_left() -> None:
+    # 0.4 and 0.3 of what four tokens share are 4/7 and 3/7 of what two of them share.
+    logits = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
+    assert (next_token_probabilities(logits, top_k=2, top_p=0.55)[0] > 0).sum() == 1
+    assert (next_token_probabilities(logits, top_p=0.55)[0] > 0).sum() == 2
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-45, 1e-300, 5e-324])
+def test_a_temperature_near_zero_is_nearly_greedy_and_never_nan(temperature: float) -> None:
+    probabilities = next_token_probabilities(torch.tensor([[-2.0, 7.0, 5.0], [3.0, 3.0, 0.0]]), temperature)
+    assert probabilities.tolist() == [[0, 1, 0], [0.5, 0.5, 0]]
+
+
+def test_a_high_temperature_is_nearly_uniform() -> None:
+    probabilities = next_token_probabilities(torch.tensor([[-2.0, 7.0, 5.0]]), 1e9)
+    torch.testing.assert_close(probabilities, torch.full((1, 3), 1 / 3))
+
+
+@pytest.mark.parametrize("row", [[0.0, math.nan], [0.0, math.inf], [math.inf, math.inf], [-math.inf, -math.inf]])
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_logits_without_a_softmax_are_an_error_for_the_user(row: list[float], temperature: float) -> None:
+    with pytest.raises(ChargptError, match="weights are broken"):
+        next_token_probabilities(torch.tensor([[0.0, 1.0], row]), temperature)
+
+
+def test_a_forbidden_token_is_never_drawn() -> None:
+    assert next_token_probabilities(torch.tensor([[-math.inf, 0.0, 0.0]])).tolist() == [[0, 0.5, 0.5]]
+
+
+def test_half_precision_logits_give_float32_probabilities() -> None:
+    logits = torch.tensor([[0.0, 1.0, 2.0]], dtype=torch.bfloat16)
+    torch.testing.assert_close(next_token_probabilities(logits), logits.float().softmax(-1))
+
+
+def test_the_logits_are_left_alone() -> None:
+    logits = torch.randn(2, 7)
+    before = logits.clone()
+    next_token_probabilities(logits, 0.7, 3, 0.5)
+    assert torch.equal(logits, before)
+
+
+# ------------------------------------------------------------------------------------------------------------- generate
+
+
+@pytest.mark.parametrize("length", [1, 5, 6, 7, 40])  # below, at and above block_size
+@pytest.mark.parametrize("new", [0, 1, 20])
+def test_generate_appends_and_feeds_at_most_block_size_tokens(length: int, new: int) -> None:
+    model = SpyModel(block_size=6)
+    idx = torch.randint(10, (3, length))
+    out = generate(model, idx, new, temperature=0)
+    assert out.shape == (3, length + new)
+    assert torch.equal(out[:, :length], idx)
+    assert len(model.fed) == new
+    for step, fed in enumerate(model.fed):
+        assert fed == out[:, max(0, length + step - 6) : length + step].tolist()
+    assert all((a + 1) % 10 == b for row in out.tolist() for a, b in itertools.pairwise(row[length - 1 :]))
+
+
+@pytest.mark.parametrize("config", [BigramConfig(), SMALL, TransformerConfig(block_size=1, n_layer=1, n_embd=8)])
+def test_real_models_generate_from_a_single_token(config: BigramConfig | TransformerConfig) -> None:
+    model = build_model(config, vocab_size=10, seed=0).eval()
+    out = generate(model, torch.zeros(2, 1, dtype=torch.long), 15)
+    assert out.shape == (2, 16)
+    assert out.dtype == torch.int64
+    assert int(out.max()) < 10
+    assert not out.requires_grad
+
+
+def test_frequencies_follow_the_probabilities() -> None:
+    model = build_model(BigramConfig(), vocab_size=5, seed=0)
+    idx = torch.full((20_000, 1), 2)
+    drawn = generate(model, idx, 1, generator=torch.Generator().manual_seed(0))[:, 1]
+    frequencies = torch.bincount(drawn, minlength=5) / len(drawn)
+    torch.testing.assert_close(frequencies, model.token_table.weight[2].softmax(-1).detach(), atol=0.015, rtol=0)
+
+
+def test_sampling_has_a_generator_of_its_own() -> None:
+    model = build_model(SMALL, vocab_size=TOKENIZER.vocab_size, seed=0).eval()
+    before = torch.get_rng_state()
+    config = SampleConfig(max_new_tokens=30, temperature=1.0, num_samples=2)
+    first = generate_text(model, TOKENIZER, "abc", config)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(99)
+    assert generate_text(model, TOKENIZER, "abc", config) == first
+    assert first[0] != first[1]
+    other = SampleConfig(max_new_tokens=30, temperature=1.0, num_samples=2, seed=7)
+    assert generate_text(model, TOKENIZER, "abc", other) != first
+
+
+# ----------------------------------------------------------------------------------------------------- prompts and text
+
+
+def test_a_prompt_and_its_continuations() -> None:
+    model = SpyModel(block_size=4, vocab_size=TOKENIZER.vocab_size)
+    texts = generate_text(model, TOKENIZER, "ab", SampleConfig(num_samples=3, max_new_tokens=4, temperature=0))
+    assert texts == ["abcdef"] * 3
+    assert len(model.fed) == 4  # all samples in one batch
+
+
+def test_streamed_text_is_the_same_text_piece_by_piece() -> None:
+    model = build_model(SMALL, vocab_size=TOKENIZER.vocab_size, seed=0).eval()
+    config = SampleConfig(max_new_tokens=25, num_samples=2)
+    steps = list(stream_text(model, TOKENIZER, "ab", config))
+    assert len(steps) == 25
+    assert ["ab" + "".join(pieces) for pieces in zip(*steps, strict=True)] == generate_text(
+        model, TOKENIZER, "ab", config
+    )
+
+
+def test_streaming_computes_only_what_is_asked_for() -> None:
+    model = SpyModel(block_size=4)
+    stream = stream_tokens(model, torch.zeros(1, 1, dtype=torch.long), 1000)
+    next(stream)
+    next(stream)
+    assert len(model.fed) == 2
+
+
+def test_no_new_tokens_give_the_prompt_back() -> None:
+    assert generate_text(SpyModel(4), TOKENIZER, "ab", SampleConfig(max_new_tokens=0, num_samples=2)) == ["ab", "ab"]
+
+
+def test_an_empty_prompt_starts_from_a_newline_or_the_first_symbol() -> None:
+    assert prompt_tokens(CharacterTokenizer("\tz\n"), "").tolist() == [[1]]
+    assert prompt_tokens(CharacterTokenizer("xyz"), "").tolist() == [[0]]
+    texts = generate_text(SpyModel(4), TOKENIZER, "", SampleConfig(max_new_tokens=3, temperature=0))
+    assert texts == [" ab"]  # the newline that it started from is no part of the text
+
+
+@pytest.mark.parametrize("unknown", ["strict", "replace", "skip"])
+def test_a_known_prompt_is_encoded_alike_in_every_mode(unknown: str) -> None:
+    assert prompt_tokens(TOKENIZER, "bad", unknown).tolist() == [[3, 2, 5]]
+
+
+def test_unknown_characters_of_a_prompt() -> None:
+    with pytest.raises(TokenizerError, match=r"'é' \(U\+00E9\) at 1"):
+        prompt_tokens(TOKENIZER, "aéb")
+    assert prompt_tokens(TOKENIZER, "aéb", "skip").tolist() == [[2, 3]]
+    space = int(TOKENIZER.encode(" ")[0])
+    assert prompt_tokens(TOKENIZER, "aéb", "replace").tolist() == [[2, space, 3]]
+
+
+def test_a_prompt_of_unknown_characters_alone() -> None:
+    for unknown in ("strict", "skip"):
+        with pytest.raises(TokenizerError, match=r"日|prompt"):
+            prompt_tokens(TOKENIZER, "日本", unknown)
+    assert prompt_tokens(TOKENIZER, "日本", "replace").shape == (1, 2)
+
+
+def test_the_error_of_a_prompt_comes_before_the_first_token() -> None:
+    model = SpyModel(4)
+    with pytest.raises(TokenizerError):
+        generate_text(model, TOKENIZER, "é", SampleConfig())
+    assert model.fed == []
+
+
+def test_broken_weights_are_an_error_for_the_user() -> None:
+    model = build_model(BigramConfig(), vocab_size=TOKENIZER.vocab_size, seed=0)
+    with torch.no_grad():
+        model.token_table.weight.fill_(np.nan)
+    for temperature in (0.0, 1.0):
+        with pytest.raises(ChargptError, match="weights are broken"):
+            generate_text(model, TOKENIZER, "a", SampleConfig(temperature=temperature))

@@ -1,0 +1,641 @@
+"""The training loop: what it computes, what it refuses, and how it stops. Exact resume is in test_resume.py."""
+
+import dataclasses
+import io
+import json
+import math
+import multiprocessing
+import os
+import re
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import runs
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from chargpt import training
+from chargpt.checkpoint import load_model, load_state
+from chargpt.config import TrainConfig, override
+from chargpt.console import Progress, duration
+from chargpt.errors import CheckpointError, ConfigError, CorpusError, RunInterruptedError, TrainingError
+from chargpt.models import build_model
+from chargpt.optim import build_optimizers
+from chargpt.runtime import resolve_runtime
+
+DROPOUT_EMA = override(runs.TRANSFORMER, ["ema_decay=0.9"])
+
+
+@pytest.fixture
+def tracker(monkeypatch: pytest.MonkeyPatch) -> runs.FakeTracker:
+    fake = runs.FakeTracker()
+    monkeypatch.setattr(training, "open_tracker", lambda config, run, run_id: fake)
+    return fake
+
+
+def signals_at(folder: Path, at: dict[int, list[int]]) -> runs.Moments:
+    """Sends signals to this process as the numbered training steps begin."""
+    steps = iter(range(1, 10_000))
+
+    def moment(number: int, what: str) -> None:
+        if what == "step":
+            for signal_number in at.get(next(steps), []):
+                os.kill(os.getpid(), signal_number)
+
+    return runs.Moments(folder, moment)
+
+
+# --------------------------------------------------------------------------------------- evaluation changes no training
+
+
+@pytest.mark.parametrize("config", [runs.BIGRAM, DROPOUT_EMA], ids=["bigram", "transformer"])
+def test_evaluating_or_logging_more_often_leaves_the_same_bits(config: TrainConfig, tmp_path: Path) -> None:
+    states = []
+    for number, intervals in enumerate([(1, 1), (7, 2), (1000, 1000)]):
+        folder = tmp_path / str(number)
+        runs.train(folder, dataclasses.replace(config, eval_interval=intervals[0], log_interval=intervals[1]))
+        states.append([(folder / "last" / f"{name}.safetensors").read_bytes() for name in ("model", "state")])
+    assert states[0] == states[1] == states[2]
+
+
+@pytest.mark.parametrize("case", runs.CASES)
+def test_the_estimate_is_shown_and_leaves_the_state_as_it_was(case: str, tmp_path: Path) -> None:
+    run = runs.make_run(tmp_path, runs.CASES[case])
+    runtime = resolve_runtime(run.config)
+    state = training._new_state(run, runtime)
+    before = {name: tensor.clone() for name, tensor in training._state_tensors(state).items()}
+    weights = {name: tensor.clone() for name, tensor in state.model.state_dict().items()}
+    line = training.estimate(state, run, runtime)
+    parameters = sum(parameter.numel() for parameter in state.model.parameters())
+    assert re.fullmatch(rf"{parameters:,} parameters, about \d+ MiB of memory, about .* of training", line)
+    after = training._state_tensors(state)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert all(torch.equal(weights[name], tensor) for name, tensor in state.model.state_dict().items())
+    assert all(parameter.grad is None for parameter in state.model.parameters())
+    assert state.step == 0
+    assert state.seconds == 0
+
+
+def test_training_prints_each_choice_the_estimate_and_a_line_for_each_evaluation(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs.train(tmp_path / "run")
+    out, err = capsys.readouterr()
+    assert out == ""
+    for start in ("device cpu: ", "precision fp32: ", "compile off: ", "kernels torch: ", "361 parameters, about "):
+        assert sum(line.startswith(start) for line in err.splitlines()) == 1, start
+    assert [int(step) for step in re.findall(r"^step +(\d+)  val \d", err, re.M)] == [0, 6, 12, 18, 20]
+
+
+# ------------------------------------------------------------------------------------------------------ what is refused
+
+
+def test_a_second_trainer_on_the_same_folder_is_refused_and_harms_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    reply: Any = multiprocessing.get_context("forkserver").Queue()
+
+    def during_training(number: int, what: str) -> None:
+        if what == "step" and reply.empty() and not tried:
+            tried.append(True)
+            process = multiprocessing.get_context("forkserver").Process(target=_try_to_train, args=(folder, reply))
+            process.start()
+            process.join(60)
+
+    tried: list[bool] = []
+    with runs.Moments(folder, during_training):
+        runs.train(folder)
+    assert "another process is training in" in reply.get(timeout=10)
+    runs.train(tmp_path / "alone")
+    assert runs.result(folder) == runs.result(tmp_path / "alone")
+
+
+def _try_to_train(folder: Path, reply: Any) -> None:
+    try:
+        runs.train(folder)
+    except TrainingError as error:
+        reply.put(str(error))
+
+
+def interrupted(folder: Path, config: TrainConfig = runs.BIGRAM) -> None:
+    with signals_at(folder, {9: [signal.SIGINT]}), pytest.raises(RunInterruptedError):
+        runs.train(folder, config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "difference"),
+    [
+        ({"config": override(runs.BIGRAM, ["max_steps=30"])}, ["max_steps: 20 → 30"]),
+        (
+            {"config": override(runs.BIGRAM, ["optimizer.learning_rate=0.02", "ema_decay=0.5"])},
+            ["ema_decay: None → 0.5", "optimizer.learning_rate: 0.01 → 0.02"],
+        ),
+        ({"config": override(runs.TRANSFORMER, ["model.n_layer=2"])}, ["model.n_layer: (not set) → 2"]),
+        ({"seed": 2}, ["seed: 1 → 2"]),
+        ({"text": runs.words(seed=5)}, ["data: "]),
+    ],
+    ids=["steps", "two knobs", "another model", "seed", "another text"],
+)
+def test_going_on_under_another_config_is_refused_with_the_difference(
+    changes: dict[str, Any], difference: list[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    interrupted(folder)
+    files = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(CheckpointError, match="under another config") as refusal:
+        runs.train(folder, **changes)
+    lines = str(refusal.value).splitlines()[1:]
+    for expected in difference:
+        assert any(line.strip().startswith(expected) for line in lines), lines
+    if "config" not in changes or "model" not in difference[0]:
+        assert len(lines) == len(difference)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == files
+    runs.train(folder)  # and the old config goes on
+
+
+def test_a_finished_run_is_refused_and_stays_as_it_is(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    runs.train(folder)
+    finished = runs.result(folder)
+    with pytest.raises(TrainingError, match="holds a finished run"):
+        runs.train(folder)
+    assert runs.result(folder) == finished
+
+
+def test_a_run_stopped_before_its_first_checkpoint_can_be_started_on_another_text(tmp_path: Path) -> None:
+    """The data beside the run must then be the other text's."""
+    folder, other = tmp_path / "run", runs.words(seed=5)
+
+    def at_first_checkpoint(number: int, what: str) -> None:
+        if what == "os.rename" and not (folder / "last").exists() and (folder / "data").exists():
+            raise KeyboardInterrupt
+
+    with runs.Moments(folder, at_first_checkpoint), pytest.raises(KeyboardInterrupt):
+        runs.train(folder)
+    assert (folder / "data").exists()
+    assert not (folder / "last").exists()
+    runs.train(folder, text=other)
+    runs.train(tmp_path / "fresh", text=other)
+    for name in ("train.npy", "val.npy"):
+        assert (folder / "data" / name).read_bytes() == (tmp_path / "fresh" / "data" / name).read_bytes()
+
+
+def test_a_text_too_small_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(CorpusError, match="too few for block_size 8"):
+        runs.train(tmp_path / "run", text=runs.words(70))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["device", "kernels"])
+def test_what_this_machine_lacks_is_refused_before_training(name: str, tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    with pytest.raises(ConfigError, match="cuda"):
+        runs.train(tmp_path / "run", override(runs.BIGRAM, [f"{name}=cuda"]))
+
+
+def test_a_last_link_that_leads_nowhere_is_an_error_not_a_new_run(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    interrupted(folder)
+    (folder / "last").unlink()
+    (folder / "last").symlink_to("step-000099")
+    with pytest.raises(CheckpointError, match="damaged"):
+        runs.train(folder)
+
+
+def test_a_run_copied_without_its_links_goes_on(tmp_path: Path) -> None:
+    interrupted(tmp_path / "run")
+    os.system(f"cp -rL '{tmp_path / 'run'}' '{tmp_path / 'copy'}'")
+    assert not (tmp_path / "copy" / "last").is_symlink()
+    runs.train(tmp_path / "run")
+    runs.train(tmp_path / "copy")
+    assert runs.result(tmp_path / "copy") == runs.result(tmp_path / "run")
+
+
+# ---------------------------------------------------------------------------------------------------- losses that break
+
+
+@pytest.mark.parametrize(
+    ("config", "cause"),
+    [
+        (override(runs.TRANSFORMER, ["optimizer.learning_rate=1e30", "grad_clip=null"]), "loss became"),
+        (override(runs.TRANSFORMER, ["optimizer.learning_rate=1e30", "eval_interval=1000"]), "loss became"),
+        (override(runs.BIGRAM, ["optimizer.learning_rate=3e38", "eval_interval=1", "log_interval=1000"]), "became"),
+    ],
+    ids=["validation or training", "training", "weights"],
+)
+def test_a_loss_that_is_not_finite_stops_with_the_last_good_checkpoint(
+    config: TrainConfig, cause: str, tmp_path: Path, tracker: runs.FakeTracker
+) -> None:
+    folder = tmp_path / "run"
+    with pytest.raises(TrainingError, match=cause) as stop:
+        runs.train(folder, config)
+    assert tracker.finished == ["FAILED"]
+    match = re.search(r"the last good checkpoint is (\S+)\. Lower", str(stop.value))
+    assert match
+    model, _ = load_model(Path(match[1]))
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    load_state(Path(match[1]))
+    assert not (folder / "metrics.json").exists()
+
+
+def test_ctrl_c_never_saves_weights_that_are_not_finite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step after which the signal is seen may be the one that broke the weights, with its loss still finite."""
+    whole_step = training.training_step
+
+    def breaking_step(model: nn.Module, *arguments: Any) -> Any:
+        reached = whole_step(model, *arguments)
+        with torch.no_grad():
+            next(model.parameters())[0, 0] = math.inf
+        os.kill(os.getpid(), signal.SIGINT)
+        return reached
+
+    monkeypatch.setattr(training, "training_step", breaking_step)
+    with pytest.raises(TrainingError, match="weights became infinite"):
+        runs.train(tmp_path / "run")
+    assert all(tensor.isfinite().all() for tensor in runs.weights(tmp_path / "run").values())
+
+
+# -------------------------------------------------------------------------------------------------------------- signals
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("case", runs.CASES)
+def test_a_signal_saves_tells_the_tracker_and_the_run_goes_on_bitwise(
+    case: str, name: str, tmp_path: Path, tracker: runs.FakeTracker
+) -> None:
+    config = runs.CASES[case]
+    runs.train(tmp_path / "whole", config)
+    tracker.finished.clear()
+    folder = tmp_path / "run"
+    # step 3 is before the first point of the curve, step 13 between a checkpoint and the next point
+    for step, count in ((3, 3), (13, 10)):
+        with signals_at(folder, {count: [getattr(signal, name)]}), pytest.raises(RunInterruptedError) as stop:
+            runs.train(folder, config)
+        assert f"stopped at step {step} by {'Ctrl-C' if name == 'SIGINT' else name};" in str(stop.value)
+        assert load_state(folder / "last")[2]["step"] == step
+    assert tracker.finished == ["KILLED", "KILLED"]
+    runs.train(folder, config)
+    assert tracker.finished[2:] == ["FINISHED"]
+    assert runs.result(folder) == runs.result(tmp_path / "whole")
+
+
+def test_signal_handlers_are_put_back(tmp_path: Path) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    interrupted(tmp_path / "run")
+    runs.train(tmp_path / "run")
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_a_second_signal_stops_at_once_and_the_run_goes_on(tmp_path: Path, tracker: runs.FakeTracker) -> None:
+    folder = tmp_path / "run"
+    with signals_at(folder, {9: [signal.SIGINT, signal.SIGINT]}), pytest.raises(KeyboardInterrupt):
+        runs.train(folder)
+    assert load_state(folder / "last")[2]["step"] == 6  # the checkpoint before it
+    assert tracker.finished == ["KILLED"]
+    runs.train(folder)
+    runs.train(tmp_path / "whole")
+    assert runs.result(folder) == runs.result(tmp_path / "whole")
+
+
+def test_a_signal_in_the_last_step_stops_before_the_final_evaluation(tmp_path: Path, tracker: runs.FakeTracker) -> None:
+    folder = tmp_path / "run"
+    with signals_at(folder, {20: [signal.SIGTERM]}), pytest.raises(RunInterruptedError, match="step 20"):
+        runs.train(folder)
+    assert tracker.finished == ["KILLED"]
+    runs.train(folder)
+    runs.train(tmp_path / "whole")
+    assert runs.result(folder) == runs.result(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("where", ["evaluate", "generate_text", "estimate", "write_splits", "build_model"])
+def test_ctrl_c_outside_the_steps_stops_at_once_and_the_same_command_finishes(
+    where: str, tmp_path: Path, tracker: runs.FakeTracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patched:
+
+        def stop(*_: Any, **__: Any) -> Any:
+            signal.raise_signal(signal.SIGTERM)
+            raise AssertionError("the signal did not stop it")
+
+        patched.setattr(training, where, stop)
+        with pytest.raises(KeyboardInterrupt, match="SIGTERM"):
+            runs.train(folder)
+    assert tracker.finished == (["KILLED"] if where in ("evaluate", "generate_text") else [])
+    assert not (folder / "metrics.json").exists()
+    runs.train(folder)
+    runs.train(tmp_path / "whole")
+    assert runs.result(folder) == runs.result(tmp_path / "whole")
+
+
+def test_a_signal_while_the_tracker_opens_leaves_no_run_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = runs.FakeTracker()
+
+    def slow_open(*_: Any) -> runs.FakeTracker:
+        signal.raise_signal(signal.SIGINT)
+        return fake
+
+    monkeypatch.setattr(training, "open_tracker", slow_open)
+    with pytest.raises(RunInterruptedError):
+        runs.train(tmp_path / "run")
+    assert fake.finished == ["KILLED"]
+
+
+# -------------------------------------------------------------------------------------------- the mathematics of a step
+
+
+class Given:
+    """A batch source that hands out given batches."""
+
+    def __init__(self, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        self.batches = iter(batches)
+
+    def next(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return next(self.batches)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        pass
+
+
+def double_model_and_batch(rows: int = 6) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+    config = override(runs.TRANSFORMER, ["model.dropout=0"]).model
+    model = build_model(config, 11, seed=1, kernels="torch").double()
+    idx, targets = torch.randint(11, (2, rows, 8), generator=torch.Generator().manual_seed(2))
+    return model, idx, targets
+
+
+def test_gradient_accumulation_equals_the_bigger_batch() -> None:
+    gradients, losses = [], []
+    for parts in (1, 2, 3, 6):
+        model, idx, targets = double_model_and_batch()
+        config = dataclasses.replace(runs.TRANSFORMER, gradient_accumulation_steps=parts, grad_clip=None)
+        source = Given(list(zip(idx.chunk(parts), targets.chunk(parts), strict=True)))
+        before = nn.utils.parameters_to_vector(model.parameters()).clone()
+        loss, norm = training.training_step(
+            model, [torch.optim.SGD(model.parameters(), lr=1.0)], source, config, resolve_runtime(config)
+        )
+        gradient = before - nn.utils.parameters_to_vector(model.parameters())
+        torch.testing.assert_close(gradient.norm(), norm)
+        gradients.append(gradient)
+        losses.append(loss)
+    for gradient, loss in zip(gradients, losses, strict=True):
+        torch.testing.assert_close(gradient, gradients[0], rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(loss, losses[0], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(("clip", "clipped"), [(0.01, True), (1e6, False)])
+def test_clipping_bounds_the_whole_gradient_and_reports_its_true_norm(clip: float, clipped: bool) -> None:
+    moved = {}
+    for grad_clip in (None, clip):
+        model, idx, targets = double_model_and_batch()
+        config = dataclasses.replace(runs.TRANSFORMER, grad_clip=grad_clip)
+        before = nn.utils.parameters_to_vector(model.parameters()).clone()
+        _, norm = training.training_step(
+            model,
+            [torch.optim.SGD(model.parameters(), lr=1.0)],
+            Given([(idx, targets)]),
+            config,
+            resolve_runtime(config),
+        )
+        moved[grad_clip] = (before - nn.utils.parameters_to_vector(model.parameters()), norm)
+    (whole, true_norm), (bounded, reported) = moved[None], moved[clip]
+    torch.testing.assert_close(reported, true_norm)
+    expected = whole * (clip / true_norm) if clipped else whole
+    torch.testing.assert_close(bounded, expected, rtol=1e-4, atol=0)  # torch adds 1e-6 to the norm
+
+
+def test_a_step_leaves_no_gradient_behind() -> None:
+    model, idx, targets = double_model_and_batch()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    training.training_step(
+        model, [optimizer], Given([(idx, targets)]), runs.TRANSFORMER, resolve_runtime(runs.TRANSFORMER)
+    )
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def nanogpt_rate(step: int, peak: float, warmup: int, decay_steps: int, floor: float) -> float:
+    """nanoGPT's `get_lr`."""
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
+    if step > decay_steps:
+        return floor
+    ratio = (step - warmup) / (decay_steps - warmup)
+    return floor + 0.5 * (1 + math.cos(math.pi * ratio)) * (peak - floor)
+
+
+@pytest.mark.parametrize("kind", ["constant", "cosine", "wsd"])
+def test_the_schedule_reaches_every_optimizer(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[float, float]] = []
+    whole_step = training.training_step
+
+    def step(model: nn.Module, optimizers: list[torch.optim.Optimizer], *arguments: Any) -> Any:
+        rates = [{group["lr"] for group in optimizer.param_groups} for optimizer in optimizers]
+        assert all(len(rate) == 1 for rate in rates)
+        seen.append((rates[0].pop(), rates[1].pop()))
+        return whole_step(model, optimizers, *arguments)
+
+    monkeypatch.setattr(training, "training_step", step)
+    config = override(
+        runs.TRANSFORMER,
+        ["optimizer.kind=muon", "optimizer.muon_learning_rate=0.05", f"schedule.kind={kind}", "log_interval=1"],
+    )
+    runs.train(tmp_path / "run", config)
+    expected = {
+        "cosine": [nanogpt_rate(step, 0.01, 3, 20, 0.001) for step in range(20)],
+        "constant": [0.0025, 0.005, 0.0075] + [0.01] * 17,
+        # stable until 60 % of what follows the warm-up, then straight to zero at step 20
+        "wsd": [0.0025, 0.005, 0.0075] + [0.01 * min(1, (20 - step) / (0.4 * 17)) for step in range(3, 20)],
+    }[kind]
+    assert [adamw for adamw, _ in seen] == pytest.approx(expected)
+    assert [muon for _, muon in seen] == pytest.approx([5 * rate for rate in expected])
+    logged = [
+        metrics["train/learning_rate"] for _, metrics in runs.curve(tmp_path / "run" / "last") if len(metrics) > 2
+    ]
+    assert logged == pytest.approx(expected)
+
+
+def test_weight_decay_acts_on_matrices_and_embeddings_alone() -> None:
+    """With no gradient, a decayed weight shrinks and all others stay."""
+    config = override(
+        runs.TRANSFORMER, ["model.bias=true", "model.value_embeddings=true", "optimizer.weight_decay=0.5"]
+    )
+    for kind in ("adamw", "muon"):
+        model = build_model(config.model, 11, seed=1, kernels="torch")
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.fill_(1.0)
+        for optimizer in build_optimizers(model, dataclasses.replace(config.optimizer, kind=kind)):
+            for parameter in model.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+            optimizer.step()
+        shrunk = {name for name, parameter in model.named_parameters() if (parameter < 1).all()}
+        kept = {name for name, parameter in model.named_parameters() if (parameter == 1).all()}
+        assert shrunk == {name for name, parameter in model.named_parameters() if parameter.dim() == 2}
+        assert kept == {name for name, parameter in model.named_parameters() if parameter.dim() == 1}
+
+
+def test_the_average_is_the_exponential_moving_average_of_the_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    twin: dict[str, torch.Tensor] = {}
+    whole_step = training.training_step
+
+    def step(model: nn.Module, *arguments: Any) -> Any:
+        reached = whole_step(model, *arguments)
+        for name, tensor in model.state_dict().items():
+            twin[name] = 0.9 * twin[name] + 0.1 * tensor.double() if name in twin else tensor.double()
+        return reached
+
+    monkeypatch.setattr(training, "training_step", step)
+    runs.train(tmp_path / "run", DROPOUT_EMA)
+    delivered = runs.weights(tmp_path / "run")
+    last = load_file(tmp_path / "run" / "last" / "state.safetensors")
+    assert delivered.keys() == twin.keys()
+    for name, tensor in delivered.items():
+        torch.testing.assert_close(tensor.double(), twin[name], rtol=1e-5, atol=1e-7)
+        assert not torch.equal(tensor, last[f"weights/{name}"])
+
+
+# --------------------------------------------------------------------------------------------------------- what is left
+
+
+def test_best_and_last_are_kept_apart(
+    tmp_path: Path, tracker: runs.FakeTracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses: Iterator[float] = iter([5.0, 4.0, 2.0, 3.0, 2.5])  # at steps 0, 6, 12, 18, 20
+    monkeypatch.setattr(training, "full_loss", lambda *_: next(losses))
+    folder = tmp_path / "run"
+    metrics = runs.train(folder)
+    assert (folder / "best").resolve().name == "step-000012"
+    assert (folder / "last").resolve().name == "step-000020"
+    assert sorted(path.name for path in folder.glob("step-*")) == ["step-000012", "step-000020"]
+    assert metrics["best_step"] == 12
+    assert metrics["val_full_last"] == 2.5
+    best = runs.weights(folder, "best")
+    assert not torch.equal(best["token_table.weight"], runs.weights(folder)["token_table.weight"])
+    assert tracker.model["model.safetensors"] == (folder / "best" / "model.safetensors").read_bytes()
+
+
+def test_the_tracker_gets_the_whole_curve_in_order_and_a_model_without_training_state(
+    tmp_path: Path, tracker: runs.FakeTracker
+) -> None:
+    folder = tmp_path / "run"
+    interrupted(folder)
+    metrics = runs.train(folder)
+    for earlier, later in zip(tracker.histories, tracker.histories[1:], strict=False):
+        assert later[: len(earlier)] == earlier
+        assert later == sorted(later)
+    assert tracker.histories[-1][-1] == 20
+    assert tracker.finished == ["KILLED", "FINISHED"]
+    assert tracker.model.keys() == {"checkpoint.json", "model.safetensors", "tokenizer.json"}
+    assert json.loads(tracker.model["checkpoint.json"])["content"]["training"] is None
+    assert tracker.artifacts == ["config.yaml", "curve.csv", "sample.txt"]
+    assert tracker.summary["val_full"] == metrics["val_full"]
+    assert all(isinstance(value, (int, float)) for value in tracker.summary.values())
+
+
+def test_metrics_and_curve_are_plausible_over_several_resumes(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    for step in (1, 2, 8):
+        with signals_at(folder, {step: [signal.SIGINT]}), pytest.raises(RunInterruptedError):
+            runs.train(folder)
+    metrics = runs.train(folder)
+    assert metrics == json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    assert metrics["steps"] == 20
+    assert metrics["tokens"] == 20 * 4 * 8
+    assert metrics["seconds"] > 0
+    assert metrics["tokens_per_second"] == pytest.approx(metrics["tokens"] / metrics["seconds"], rel=0.1)
+    assert metrics["parameters"] == 19 * 19
+    header, *rows = (folder / "curve.csv").read_text(encoding="utf-8").splitlines()
+    assert header == "step,tokens,seconds,train_loss,val_loss,learning_rate"
+    table = [row.split(",") for row in rows]
+    assert [int(row[0]) for row in table] == [0, 4, 6, 8, 12, 16, 18, 20]
+    seconds = [float(row[2]) for row in table if row[2]]
+    assert seconds == sorted(seconds)
+    assert len(set(seconds)) == len(seconds) == 7
+    history = load_state(folder / "last")[2]["history"]
+    speeds = [point[2]["perf/tokens_per_second"] for point in history if "perf/tokens_per_second" in point[2]]
+    assert all(0 < speed < 1e8 for speed in speeds)
+    times = [point[1] for point in history]
+    assert times == sorted(times)
+
+
+def test_a_budget_in_seconds_ends_and_goes_on_where_it_was(tmp_path: Path) -> None:
+    config = override(runs.BIGRAM, ["max_steps=null", "max_seconds=0.2", "eval_interval=1000"])
+    folder = tmp_path / "run"
+    with signals_at(folder, {5: [signal.SIGINT]}), pytest.raises(RunInterruptedError):
+        runs.train(folder, config)
+    before = load_state(folder / "last")[2]["seconds"]
+    metrics = runs.train(folder, config)
+    assert before < 0.2 <= metrics["seconds"]
+    assert metrics["steps"] > 5
+    rates = [m["train/learning_rate"] for _, m in runs.curve(folder / "last") if "train/learning_rate" in m]
+    assert rates[-1] < max(rates)  # the schedule came down with the seconds
+
+
+def test_a_text_of_one_symbol_trains_to_a_loss_of_nothing(tmp_path: Path) -> None:
+    assert runs.train(tmp_path / "run", text="a" * 500)["val_full"] == 0.0
+
+
+@pytest.mark.parametrize("case", ["transformer-muon-random-ema"])
+def test_bf16_trains_close_to_fp32_and_resumes(case: str, tmp_path: Path) -> None:
+    config = override(runs.CASES[case], ["precision=bf16"])
+    interrupted(tmp_path / "run", config)
+    metrics = runs.train(tmp_path / "run", config)
+    runs.train(tmp_path / "whole", config)
+    assert runs.result(tmp_path / "run") == runs.result(tmp_path / "whole")
+    exact = runs.train(tmp_path / "fp32", runs.CASES[case])
+    assert metrics["val_full"] == pytest.approx(exact["val_full"], rel=0.02)
+
+
+def test_compiled_training_agrees_with_eager_training(tmp_path: Path) -> None:
+    config = override(runs.BIGRAM, ["max_steps=3"])
+    eager = runs.train(tmp_path / "eager", config)
+    compiled = runs.train(tmp_path / "compiled", override(config, ["compile=always"]))
+    assert compiled["val_full"] == pytest.approx(eager["val_full"], rel=1e-5)
+    names = [runs.weights(tmp_path / run).keys() for run in ("eager", "compiled")]
+    assert names[0] == names[1]  # no prefix of torch.compile's
+
+
+# --------------------------------------------------------------------------------------------------------- the terminal
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("budget", [["max_steps=10"], ["max_steps=null", "max_seconds=30"]])
+def test_on_a_terminal_a_bar_shows_loss_speed_and_time_left(budget: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with Progress(override(runs.BIGRAM, budget), 0, 0.0) as progress:
+        progress.report(0, 0.0, 3.5)
+        progress.bar.mininterval = 0
+        progress.update(4, 6.0, 2.345678, 1234.5)
+        progress.bar.refresh()
+        progress.report(4, 6.0, 2.5)
+    shown = terminal.getvalue()
+    assert "loss 2.3457, 1,234 tokens/s" in shown
+    assert ("40%" if budget == ["max_steps=10"] else "20%") in shown
+    assert (
+        f"step      4  val 2.5000  train 2.3457  1,234 tokens/s  {'9' if budget == ['max_steps=10'] else '24'} s left"
+        in shown
+    )
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0 s"), (59.4, "59 s"), (59.6, "1 min 00 s"), (185, "3 min 05 s"), (7800, "2 h 10 min"), (-7.0, "0 s")],
+)
+def test_durations_read_as_people_say_them(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
