@@ -61,7 +61,9 @@ class AttentionCase:
 # T and D: one, two, odd, and on both sides of a power of two, where tiles end. D = 31 does not fill whole vectors.
 ATTENTION_CASES = [
     *(AttentionCase(f"T{T}", T=T) for T in (1, 2, 7, 63, 64, 65)),
-    *(AttentionCase(f"D{D}", D=D, T=9) for D in (1, 8, 31, 32, 64)),
+    *(AttentionCase(f"T{T}", B=1, T=T) for T in (255, 256)),
+    AttentionCase("T1000", B=1, H=1, T=1000),
+    *(AttentionCase(f"D{D}", D=D, T=9) for D in (1, 8, 16, 31, 32, 64, 80, 128, 256)),
     AttentionCase("one_query_many_keys", T=1, S=70),
     AttentionCase("more_keys_than_queries", T=5, S=66, D=32),
     AttentionCase("grouped_heads", H=6, H_kv=2, T=33),

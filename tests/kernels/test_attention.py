@@ -233,3 +233,43 @@ def x(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def test_wrong_arguments_are_named(qkv: tuple[Tensor, ...], options: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         causal_attention(*qkv, **options)  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("heads", [1, 40], ids="{} heads".format)  # the work is shared by queries, or by heads
+@pytest.mark.parametrize("impl", [impl for impl in IMPLEMENTATIONS if impl != "torch"])
+def test_threads_change_no_bit(impl: str, heads: int, dtype: torch.dtype) -> None:
+    q, k, v = AttentionCase("threads", B=1, H=heads, T=130, D=32).inputs(dtype)
+    seed = torch.Generator()
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            out, lse = causal_attention(
+                q, k, v, dropout_p=0.2, generator=seed.manual_seed(1), return_lse=True, impl=impl
+            )
+            results.append((out, lse, *torch.autograd.grad(out.float().square().sum() + lse.sum(), (q, k, v))))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
+
+
+@pytest.mark.skipif("cpp" not in IMPLEMENTATIONS, reason="the native module is not here")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "case", [AttentionCase("opcheck", T=5, S=9, H=4, H_kv=2), AttentionCase("empty", B=0)], ids=str
+)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_operators_pass_opcheck(case: AttentionCase, dtype: torch.dtype, dropout_p: float) -> None:
+    q, k, v = case.inputs(dtype)
+    options = (0.5, dropout_p, 3, torch.tensor(7))
+    forward = torch.ops.chargpt.causal_attention.default
+    torch.library.opcheck(forward, (q, k, v, *options))
+    q, k, v = q.detach(), k.detach(), v.detach()
+    out, lse = forward(q, k, v, *options)
+    gradients = (torch.ones_like(out), torch.ones_like(lse))
+    torch.library.opcheck(
+        torch.ops.chargpt.causal_attention_backward.default, (*gradients, q, k, v, out, lse, *options)
+    )
