@@ -139,7 +139,8 @@ class CharacterTokenizer:
         more = " and others" if len(places) > shown else ""
         return (
             f"the vocabulary of {self.vocab_size} symbols has no {'; '.join(listed)}{more} (positions count from 0); "
-            f'leave them out, or encode with errors="replace" or errors="skip"'
+            f"leave them out, or have them replaced or skipped (--unknown replace or skip on the command line, "
+            f"`unknown` in params.yaml, `errors` in the library)"
         )
 
 
