@@ -16,7 +16,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ import torch
 
 from chargpt.config import ModelConfig, parse
 from chargpt.errors import ChargptError, CheckpointError
+from chargpt.files import replaced_folder
 from chargpt.models import Model, build_model
 from chargpt.tokenizers import Tokenizer, load_tokenizer
 
@@ -52,36 +52,26 @@ def save_checkpoint(
     and as plain data. Raises CheckpointError when the disk refuses; what was there before stays as it was.
     """
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    except OSError as error:
-        raise _not_saved(folder, error) from error
-    try:
-        _write(temporary / WEIGHTS, _to_bytes(model.state_dict()))
-        tokenizer.save(temporary / TOKENIZER)
-        if state is not None:
-            _write(temporary / STATE, _to_bytes(state))
-        content = {
-            "format": FORMAT,
-            "version": VERSION,
-            "model": dataclasses.asdict(model.config),
-            "vocab_size": model.vocab_size,
-            "tokenizer": tokenizer.fingerprint,
-            "summary": summary,
-            "training": training,
-            "files": {path.name: _sha256(path.read_bytes()) for path in sorted(temporary.iterdir())},
-        }
-        _write(temporary / DESCRIPTION, _seal(content))
-        temporary.chmod(0o755)  # mkdtemp makes it private
-        _sync_folder(temporary)
-        if folder.exists():
-            shutil.rmtree(folder)
-        temporary.rename(folder)
+        with replaced_folder(folder) as temporary:
+            _write(temporary / WEIGHTS, _to_bytes(model.state_dict()))
+            tokenizer.save(temporary / TOKENIZER)
+            if state is not None:
+                _write(temporary / STATE, _to_bytes(state))
+            content = {
+                "format": FORMAT,
+                "version": VERSION,
+                "model": dataclasses.asdict(model.config),
+                "vocab_size": model.vocab_size,
+                "tokenizer": tokenizer.fingerprint,
+                "summary": summary,
+                "training": training,
+                "files": {path.name: _sha256(path.read_bytes()) for path in sorted(temporary.iterdir())},
+            }
+            _write(temporary / DESCRIPTION, _seal(content))
+            _sync_folder(temporary)
         _sync_folder(folder.parent)
     except (OSError, safetensors.SafetensorError) as error:
         raise _not_saved(folder, error) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _not_saved(folder: Path, error: Exception) -> CheckpointError:
