@@ -231,12 +231,7 @@ class CrossEntropyNode : public torch::autograd::Function<CrossEntropyNode> {
     const bool reduced = arguments.reduction != Reduction::kNone;
     const CrossEntropyResult result = ::forward(logits, targets, arguments, reduced);
     context->save_for_backward({logits, targets, result.normalisers});
-    if (reduced) context->saved_data["gradient"] = result.gradient;
-    context->saved_data["ignore_index"] = arguments.options.ignore_index;
-    context->saved_data["label_smoothing"] = arguments.options.label_smoothing;
-    context->saved_data["z_loss"] = arguments.options.z_loss;
-    context->saved_data["softcap"] = arguments.options.softcap;
-    context->saved_data["reduction"] = static_cast<int64_t>(arguments.reduction);
+    context->saved_data["kept"] = c10::IValue::make_capsule(c10::make_intrusive<Kept>(arguments, result.gradient));
     return result.loss;
   }
 
@@ -246,20 +241,23 @@ class CrossEntropyNode : public torch::autograd::Function<CrossEntropyNode> {
   }
 
  private:
+  // What the node keeps besides tensors: one object, because each named entry of saved_data costs an allocation.
+  struct Kept : torch::CustomClassHolder {
+    Kept(const CrossEntropyArguments& arguments, const Tensor& gradient) : arguments(arguments), gradient(gradient) {}
+    const CrossEntropyArguments arguments;
+    Tensor gradient;  // undefined where it was not computed, or has been handed over
+  };
+
   static Tensor gradient(torch::autograd::AutogradContext* context, const Tensor& loss_gradient) {
-    auto& data = context->saved_data;
+    Kept& kept = static_cast<Kept&>(*context->saved_data["kept"].toCapsule());
     const bool differentiable = at::GradMode::is_enabled();  // create_graph=True
-    if (const auto kept = data.find("gradient"); kept != data.end() && !differentiable) {
-      Tensor gradient = std::move(kept->second).toTensor();
-      data.erase(kept);  // now it is the receiver's alone
+    if (kept.gradient.defined() && !differentiable) {
+      const Tensor gradient = std::move(kept.gradient);  // now it is the receiver's alone
       if (loss_gradient.item<double>() != 1.0) gradient.mul_(loss_gradient);
       return gradient;
     }
     const auto saved = context->get_saved_variables();  // checks that nobody has written into them
-    const CrossEntropyArguments arguments{
-        {data["ignore_index"].toInt(), data["label_smoothing"].toDouble(), data["z_loss"].toDouble(),
-         data["softcap"].toDouble()},
-        static_cast<Reduction>(data["reduction"].toInt())};
+    const CrossEntropyArguments& arguments = kept.arguments;
     if (!differentiable) return ::backward(loss_gradient, saved[0], saved[1], saved[2], arguments);
     static const auto differentiable_backward =
         c10::Dispatcher::singleton()
@@ -270,7 +268,8 @@ class CrossEntropyNode : public torch::autograd::Function<CrossEntropyNode> {
     constexpr c10::string_view kNames[] = {"none", "sum", "mean"};
     return differentiable_backward.call(
         loss_gradient, saved[0], saved[1], saved[2], options.ignore_index, options.label_smoothing, options.z_loss,
-        options.softcap > 0 ? std::optional(options.softcap) : std::nullopt, kNames[data["reduction"].toInt()]);
+        options.softcap > 0 ? std::optional(options.softcap) : std::nullopt,
+        kNames[static_cast<int>(arguments.reduction)]);
   }
 };
 

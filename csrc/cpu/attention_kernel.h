@@ -404,6 +404,15 @@ struct Strip {
   CHARGPT_INLINE bool crosses(int j, int lanes) const { return j < inner_low || j + lanes > inner_high; }
 };
 
+// e^x, as exact as what is done with it needs
+template <class N>
+CHARGPT_INLINE Vec<typename N::Acc> exponential_for(Vec<typename N::Acc> x) {
+#if CHARGPT_ISA_LEVEL >= 3
+  if constexpr (N::kPair == 2) return coarse_exponential(x);
+#endif
+  if constexpr (N::kPair == 1) return exponential(x);
+}
+
 // Four rows of S become P = exp(S - m), in the layout that P V reads; keys that a query does not see get 0, up to the
 // last vector that any of the four needs. shrink = exp(m_old - m) is the factor on what was summed before.
 template <class N>
@@ -441,7 +450,7 @@ CHARGPT_INLINE void softmax_strip(typename N::Acc* s, const Strip& seen, const u
       Acc* row = s + r * kChunkPitch;
       Vec<Acc> p{};
       if (j >= begin) {
-        p = exponential(load<Acc>(row + j) - highest[r]);
+        p = exponential_for<N>(load<Acc>(row + j) - highest[r]);
         if (crosses) p = within<Acc>(p, j, seen.low[r], seen.high[r], Vec<Acc>{});
         sum[r] += p;
         if (words != nullptr) p = drop<Acc>(p, words + r * kChunk + j, threshold);
@@ -652,7 +661,7 @@ void weights_tile(const BackwardCall& call, const BackwardScratch<N>& scratch, c
         p[i] = ds[i] = Vec<Acc>{};
         if (!used) continue;
         const int at = (r + i) * kTile + j;
-        p[i] = exponential(load<Acc>(scratch.s + at) - scratch.lse[r + i]);
+        p[i] = exponential_for<N>(load<Acc>(scratch.s + at) - scratch.lse[r + i]);
         Vec<Acc> dp = load<Acc>(scratch.dp + at);
         if (dropout.on) dp = drop<Acc>(dp, scratch.words + i * kTile + j, dropout.threshold);
         ds[i] = p[i] * (dp - scratch.delta[r + i] + scratch.dlse[r + i]);  // d lse / d S is P
