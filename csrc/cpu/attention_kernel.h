@@ -109,6 +109,7 @@ struct B {  // the operand that is read in vectors; panels of kSpan vectors
 // 2/3 of the rounding error of one run of 64, within a factor of 1.5 of PyTorch's; runs of 32 would be 2 % faster.
 template <class N>
 CHARGPT_INLINE int run_of(int depth) {
+  if (CHARGPT_ISA_LEVEL == 0) return 4;  // without fused multiply-adds every product is rounded too
   return N::kPair == 1 && depth > 32 ? 16 : depth;
 }
 

@@ -79,6 +79,7 @@ ATTENTION_CASES = [
     AttentionCase("packed", T=64, D=32, packed=True),
     AttentionCase("packed_dropout", T=65, D=31, packed=True, options={"dropout_p": 0.1}),
     AttentionCase("sharp", T=64, D=32, spread=8.0),
+    AttentionCase("huge", T=65, D=32, spread=1e4),
     AttentionCase("no_batch", B=0),
     AttentionCase("no_queries", T=0, S=3),
     AttentionCase("nothing", T=0),
@@ -312,8 +313,10 @@ def assert_as_right_as_torch(name: str, draws: list[tuple[Tensor, Tensor, Tensor
     assert got.isfinite().all(), name
     spacing = torch.finfo(draws[0][0].dtype).eps
     for measure, factor in ((_root_mean_square, 2), (_largest, 4)):
-        error = measure(got - truth)
-        allowed = max(factor * measure(torchs - truth), spacing * measure(truth))
+        error, torch_error = measure(got - truth), measure(torchs - truth)
+        if math.isnan(torch_error):  # PyTorch's path overflows: float16 scores of huge inputs
+            torch_error = 0.0
+        allowed = max(factor * torch_error, spacing * measure(truth))
         assert error <= allowed, f"{name}: {measure.__name__[1:]} error {error:.3g}, allowed {allowed:.3g}"
 
 
