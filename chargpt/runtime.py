@@ -9,9 +9,13 @@ from dataclasses import dataclass
 
 import torch
 
-from chargpt.config import TrainConfig
+from chargpt.config import TrainConfig, TransformerConfig
 from chargpt.errors import ConfigError
-from chargpt.kernels import resolve
+from chargpt.kernels import native, resolve
+
+# Training steps in bf16 against fp32 on two Zen 4 cores: 0.7 times as fast with 32 channels, 1.4 with 64, 1.6 with 128,
+# 2.2 with 384.
+NARROWEST_FOR_BF16 = 64
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class Runtime:
 def resolve_runtime(config: TrainConfig) -> Runtime:
     """Decide what `config` leaves to `auto`. Raises ConfigError for a device or kernel that cannot run here."""
     device, device_reason = _device(config.device)
-    precision, precision_reason = _precision(config.precision, device)
+    precision, precision_reason = _precision(config, device)
     compiled, compile_reason = _compile(config.compile, device)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     attention = resolve("causal_attention", device, dtype, config.kernels)
@@ -90,14 +94,25 @@ def _device(wanted: str) -> tuple[torch.device, str]:
     return device, "asked for"
 
 
-def _precision(wanted: str, device: torch.device) -> tuple[str, str]:
-    if wanted != "auto":
-        return wanted, "asked for"
-    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+def _precision(config: TrainConfig, device: torch.device) -> tuple[str, str]:
+    if config.precision != "auto":
+        return config.precision, "asked for"
+    if device.type == "cpu":
+        return _cpu_precision(config)
+    if torch.cuda.is_bf16_supported(including_emulation=False):
         return "bf16", "the GPU multiplies bf16 on tensor cores"
-    if device.type == "cuda":
-        return "fp32", "the GPU has no bf16 tensor cores"
-    return "fp32", "the default on a CPU; bf16 can be faster for wide models"
+    return "fp32", "the GPU has no bf16 tensor cores"
+
+
+def _cpu_precision(config: TrainConfig) -> tuple[str, str]:
+    module = native.load().module
+    if module is None or config.kernels == "torch":
+        return "fp32", "the default on a CPU without the C++ kernels"
+    if not module.cpu_features()["avx512_bf16"]:
+        return "fp32", "the CPU has no instructions for bf16"
+    if not isinstance(config.model, TransformerConfig) or config.model.n_embd < NARROWEST_FOR_BF16:
+        return "fp32", f"below {NARROWEST_FOR_BF16} channels converting to bf16 costs more than it gains"
+    return "bf16", "the CPU multiplies bf16 twice as fast, and the loss is the same within the spread of seeds"
 
 
 def _compile(wanted: str, device: torch.device) -> tuple[bool, str]:

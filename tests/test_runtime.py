@@ -1,14 +1,18 @@
 """Device, precision, compilation and kernels: `auto` always finds something and says why, a name is kept or refused."""
 
+import re
 from typing import Any
 
 import pytest
 import runs
 import torch
 
+import chargpt.runtime as runtime_module
 from chargpt.config import TrainConfig, override
 from chargpt.errors import ConfigError
 from chargpt.info import as_text, collect
+from chargpt.kernels import native
+from chargpt.kernels.registry import Choice
 from chargpt.runtime import device_name, resolve_device, resolve_runtime
 
 AUTO = TrainConfig()
@@ -27,13 +31,41 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
 @without_cuda
 def test_auto_on_a_cpu_gives_each_choice_its_reason() -> None:
     runtime = resolve_runtime(AUTO)
-    assert (runtime.device, runtime.precision, runtime.compile) == (torch.device("cpu"), "fp32", False)
+    assert (runtime.device, runtime.compile) == (torch.device("cpu"), False)
     assert runtime.kernels in ("torch", "cpp", "cpp+torch", "torch+cpp")
     reasons = dict(line.split(": ", 1) for line in runtime.reasons)
     assert reasons["device cpu"] == "no CUDA GPU is here"
-    assert reasons["precision fp32"]
+    assert reasons[f"precision {runtime.precision}"]
     assert reasons["compile off"]
     assert any(choice.startswith("kernels ") for choice in reasons)
+
+
+class NativeModule:
+    """Stands in for the compiled one on a CPU that has, or lacks, bfloat16's dot product."""
+
+    def __init__(self, bf16: bool) -> None:
+        self.cpu_features = lambda: {"avx512_bf16": bf16}
+
+
+@pytest.mark.parametrize(
+    ("module", "options", "precision", "reason"),
+    [
+        (NativeModule(bf16=True), [], "bf16", "twice as fast"),
+        (NativeModule(bf16=True), ["model.n_embd=32"], "fp32", "below 64 channels"),
+        (NativeModule(bf16=True), ["model.kind=bigram"], "fp32", "below 64 channels"),
+        (NativeModule(bf16=True), ["kernels=torch"], "fp32", "without the C\\+\\+ kernels"),
+        (NativeModule(bf16=False), [], "fp32", "no instructions for bf16"),
+        (None, [], "fp32", "without the C\\+\\+ kernels"),
+    ],
+)
+def test_precision_on_a_cpu(
+    module: NativeModule | None, options: list[str], precision: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "load", lambda: native.Native(module, None))  # type: ignore[arg-type]
+    monkeypatch.setattr(runtime_module, "resolve", lambda *_: Choice("cpp", "for the test"))
+    runtime = resolve_runtime(override(AUTO, ["device=cpu", *options]))
+    assert runtime.precision == precision
+    assert any(re.match(f"precision {precision}: .*{reason}", line) for line in runtime.reasons)
 
 
 def test_auto_on_a_gpu_with_bf16_takes_it_and_compiles(gpu: pytest.MonkeyPatch) -> None:
