@@ -40,7 +40,7 @@ lint: $(READY)  ## check style and types
 bench: $(READY)  ## time the kernels and a training step against torch's
 	$(BIN)/python -m benchmarks.attention
 	$(BIN)/python -m benchmarks.cross_entropy
-	$(BIN)/python -m benchmarks.training_step
+	$(BIN)/python -m benchmarks.training_step --compile
 
 # Each kernel with its test, without torch or Python, on every code path that this CPU has.
 SANITIZED := attention cross_entropy

@@ -14,7 +14,7 @@ from chargpt.errors import ConfigError
 from chargpt.kernels import native, resolve
 
 # Training steps in bf16 against fp32 on two Zen 4 cores: 0.7 times as fast with 32 channels, 1.4 with 64, 1.6 with 128,
-# 2.2 with 384.
+# 2.2 with 384. nanogpt-cpu ended 0.0017 nats higher (three paired seeds, ± 0.0005), where seeds spread by 0.006.
 NARROWEST_FOR_BF16 = 64
 
 
@@ -112,7 +112,7 @@ def _cpu_precision(config: TrainConfig) -> tuple[str, str]:
         return "fp32", "the CPU has no instructions for bf16"
     if not isinstance(config.model, TransformerConfig) or config.model.n_embd < NARROWEST_FOR_BF16:
         return "fp32", f"below {NARROWEST_FOR_BF16} channels converting to bf16 costs more than it gains"
-    return "bf16", "the CPU multiplies bf16 twice as fast, and the loss is the same within the spread of seeds"
+    return "bf16", "the CPU multiplies bf16 twice as fast, and the loss changes less than from seed to seed"
 
 
 def _compile(wanted: str, device: torch.device) -> tuple[bool, str]:
