@@ -12,9 +12,9 @@
 #include <cstddef>
 #include <cstdint>
 
-namespace chargpt::cuda {
+#include "dtype.h"
 
-enum class DType { kFloat32, kFloat16, kBFloat16 };
+namespace chargpt::cuda {
 
 // A tensor of shape (batch, heads, time, D) whose last dimension is contiguous. Strides count elements, and may be
 // zero or negative. An element is of the DType of the call. Any address and stride will do; where they are multiples
