@@ -20,6 +20,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A machine with one GPU, as far as torch is asked."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
     return monkeypatch
 
