@@ -167,7 +167,7 @@ inline int __all_sync(uint32_t mask, bool vote, cuda_host::Where where = cuda_ho
 
 // ---- Arithmetic ----------------------------------------------------------------------------------------------------
 
-using std::max, std::min;  // CUDA has them without std::
+using std::isfinite, std::isinf, std::isnan, std::max, std::min;  // CUDA has them without std::
 
 inline float __uint_as_float(uint32_t bits) { return std::bit_cast<float>(bits); }
 inline uint32_t __float_as_uint(float x) { return std::bit_cast<uint32_t>(x); }
