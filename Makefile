@@ -9,7 +9,7 @@ export DO_NOT_TRACK := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro test lint bench sanitize ui clean
+.PHONY: help setup repro test lint bench gpu sanitize ui clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,6 +41,10 @@ bench: $(READY)  ## time the kernels and a training step against torch's
 	$(BIN)/python -m benchmarks.attention
 	$(BIN)/python -m benchmarks.cross_entropy
 	$(BIN)/python -m benchmarks.training_step
+
+# With the Python that is there, because it has the torch that fits the GPU: .venv's where there is one, else $(PYTHON).
+gpu:  ## prove and measure the GPU kernels, in ten minutes; DRY=1 walks through all of it on the CPU
+	$(PYTHON) -m benchmarks.gpu $(if $(filter-out 0,$(DRY)),--dry)
 
 # Each kernel with its test, without torch or Python, on every code path that this CPU has.
 SANITIZED := attention cross_entropy
