@@ -55,7 +55,7 @@ def machine(device: torch.device) -> dict[str, Any]:
             "l2_mb": round(properties.L2_cache_size / 1e6, 1),
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),
-            "driver": nvidia_smi(),
+            "driver": (nvidia_smi() or {}).get("driver_version"),
         }
     return here
 

@@ -1,13 +1,13 @@
 """What the programs of the suite share: their options, results kept on disk as they come, and fair timing.
 
 The one idea to know: an illegal access breaks a process's CUDA context for good. A program that meets one records who
-did it, and starts itself again without that contender; cases that were measured stay measured.
+did it and ends with the exit code BROKEN. Started again with the same result file, it goes on without that contender;
+cases that were measured stay measured.
 """
 
 import argparse
 import contextlib
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -28,6 +28,8 @@ from chargpt.kernels import registry, resolve
 # While the GPU waits this many clock cycles, about a millisecond, the host queues up what is to be timed. Without it
 # the time of small kernels would be the time that Python needs to launch them.
 HEAD_START = 2_000_000
+
+BROKEN = 3  # the exit code of a program that lost its CUDA context and can go on in another process
 
 Function = Callable[[], Any]
 
@@ -70,15 +72,13 @@ class Program:
         parser.add_argument("--deadline", type=float, default=float("inf"), help="in seconds since 1970")
         parser.add_argument("--dry", action="store_true", help="tiny sizes on the CPU")
         parser.add_argument("--warm", action="store_true", help="compile everything, time nothing")
-        parser.add_argument("--without", action="append", default=[], metavar="NAME", help="leave out a contender")
         options = parser.parse_args()
         self.result: Path = options.result
         self.deadline: float = options.deadline
         self.dry: bool = options.dry
         self.warm: bool = options.warm
-        self.without: list[str] = options.without
         self.device = torch.device("cpu" if self.dry else "cuda")
-        self.content: dict[str, Any] = {"measurements": [], "notes": {}}
+        self.content: dict[str, Any] = {"measurements": [], "notes": {}, "broken": {}}
         if self.result.exists():
             self.content = json.loads(self.result.read_text(encoding="utf-8"))
         if self.dry:
@@ -119,15 +119,22 @@ class Program:
         refused = dict(refused)
         working = {}
         for name, function in functions.items():
-            if name in self.without:
-                refused[name] = "broke the CUDA context in an earlier case"
+            if name in self.content["broken"]:
+                refused[name] = self.content["broken"][name]
+            elif time.time() + seconds > self.deadline:
+                refused[name] = "no time was left"
             elif (problem := self._attempt(name, case, function)) is not None:
                 refused[name] = problem
             else:
                 working[name] = function
         if self.warm:
             return None
-        times = interleave(working, timer or self.milliseconds, 0 if self.dry else seconds) if working else {}
+        try:
+            times = interleave(working, timer or self.milliseconds, 0 if self.dry else seconds) if working else {}
+        except Exception as error:  # rare after two good calls, and there is no telling whose fault it was
+            self.record({"case": case, "skipped": f"failed while it was timed: {_first_line(error)}"})
+            self._stop_if_broken()
+            return None
         return Times(times, refused)
 
     def milliseconds(self, function: Function) -> float:
@@ -177,21 +184,19 @@ class Program:
                 return None
             except Exception as error:  # whatever a contender raises, the others go on
                 reason = " ".join(dict.fromkeys(_first_line(text) for text in (error, *(w.message for w in caught))))
-        try:
-            self.synchronize()
-        except RuntimeError:
-            self._start_again_without(name, case, reason)
+        self._stop_if_broken(**{name: f"broke the CUDA context in {case}: {reason[:400]}"})
         if not self.dry:
             torch.cuda.empty_cache()
         return reason[:400]
 
-    def _start_again_without(self, name: str, case: str, reason: str) -> None:
-        self.content["notes"].setdefault("broke the CUDA context", []).append(f"{name} in {case}: {reason}")
-        self.save()
-        sys.stdout.flush()
-        module = sys.modules["__main__"].__spec__
-        assert module is not None
-        os.execv(sys.executable, [sys.executable, "-m", module.name, *sys.argv[1:], "--without", name])  # noqa: S606
+    def _stop_if_broken(self, **culprit: str) -> None:
+        """End this process, naming who is to be left out in the next, if the GPU does not answer any more."""
+        try:
+            self.synchronize()
+        except RuntimeError:
+            self.content["broken"] |= culprit
+            self.save()
+            sys.exit(BROKEN)
 
     def synchronize(self) -> None:
         if not self.dry:

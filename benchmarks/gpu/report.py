@@ -32,7 +32,7 @@ def machine(results: Results) -> list[str]:
     lines = [f"# {here.get('device', 'unknown device')}", ""]
     if results["dry"]:
         lines += ["A dry run on the CPU: tiny sizes and stand-ins, so no number below says anything about a GPU.", ""]
-    told = ", ".join(f"{key} {value}" for key, value in here.items() if key not in ("device", "driver") and value)
+    told = ", ".join(f"{key} {value}" for key, value in here.items() if key != "device" and value)
     clocks = {name: _notes(results, name).get("clocks") for name in ("attention", "cross_entropy", "training_step")}
     lines += [told, ""]
     lines += [f"After {name}: {_pairs(values)}." for name, values in clocks.items() if values]
@@ -169,7 +169,7 @@ def training_step(results: Results) -> list[str]:
                 [name, f"{m['milliseconds'][name]:.2f}", f"{speed:,.0f}", _pairs(m["ratio"].get(name, {}))]
                 for name, speed in m["tokens_per_second"].items()
             ]
-            lines += table(["", "ms", "tokens/s", "times as fast as torch's"], rows)
+            lines += table([m["case"], "ms", "tokens/s", "times as fast as torch's"], rows)
     return lines + _remarks(results, "training_step")
 
 
@@ -200,7 +200,6 @@ def _remarks(results: Results, step: str) -> list[str]:
             reasons[name, reason] = reasons.get((name, reason), 0) + 1
     lines = [f"- {name} did not run in {count} cases: {reason}" for (name, reason), count in reasons.items()]
     lines += [f"- {m['case']}: skipped, {m['skipped']}" for m in measured if "skipped" in m]
-    lines += [f"- broke the CUDA context: {text}" for text in _notes(results, step).get("broke the CUDA context", [])]
     if late := _notes(results, step).get("launches_later_than_the_head_start"):
         lines.append(f"- {late} launches took the host longer than the head start, so their times include waiting")
     spreads = sorted(spread for m in measured for spread in m.get("spread", {}).values())
