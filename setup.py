@@ -110,6 +110,7 @@ class BuildNative(build_ext):
         self.distribution.ext_modules = [extension]
         command = BuildExtension(self.distribution)
         command.editable_mode, command.inplace = self.editable_mode, self.inplace
+        command.build_lib, command.build_temp = self.build_lib, self.build_temp
         command.force = True  # objects left over from a build against another torch must not be linked again
         command.ensure_finalized()
         try:

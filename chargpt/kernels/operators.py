@@ -163,7 +163,8 @@ class OperatorsWithGradient(Operators):
 
     def _cross_entropy(self, logits: Tensor, targets: Tensor, *options: Any) -> Tensor:
         wanted = torch.is_grad_enabled() and logits.requires_grad and options[-1] != "none"
-        if wanted and not torch.compiler.is_compiling():
+        # The gradient of a mean underflows in float16 before the factor, a loss scale, can multiply it.
+        if wanted and logits.dtype != torch.float16 and not torch.compiler.is_compiling():
             return _GradientInForward.apply(self._ops, logits, targets, *options)  # type: ignore[no-any-return]
         return super()._cross_entropy(logits, targets, *options)
 
@@ -211,7 +212,7 @@ class _GradientInForward(torch.autograd.Function):
         return None, gradient, *[None] * (1 + len(ctx.options))
 
 
-# ----------------------------------------------------------------------------------------- attention: fakes and autograd
+# ---------------------------------------------------------------------------------------- attention: fakes and autograd
 
 
 def _fake_attend(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -264,7 +265,7 @@ def _row_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-# ------------------------------------------------------------------------------------- cross-entropy: fakes and autograd
+# ------------------------------------------------------------------------------------ cross-entropy: fakes and autograd
 
 
 def _fake_cross_entropy(logits: Tensor, targets: Tensor, *options: Any) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""The Triton kernels, as functions that take what the reference's take. The first call imports Triton, not this file."""
+"""The Triton kernels, as functions that take what the reference takes. The first call imports Triton, not this file."""
 
 import functools
 from types import SimpleNamespace
