@@ -58,10 +58,14 @@ def check_record(record: Path) -> str | None:
 
 def check_cuda_record(record: Path) -> str | None:
     """Why there are no CUDA kernels in a build that is otherwise good; None when there are."""
-    built = json.loads(record.read_text(encoding="utf-8"))
-    if built.get("cuda"):
-        return None
-    return f"the CUDA kernels were not built: {built.get('cuda_problem') or REBUILD}"
+    problem = json.loads(record.read_text(encoding="utf-8")).get("cuda_problem")
+    return None if cuda_build(record) else f"the CUDA kernels were not built: {problem or REBUILD}"
+
+
+def cuda_build(record: Path) -> str | None:
+    """The version of CUDA and the architectures that the CUDA kernels were built for; None: they were not."""
+    built = json.loads(record.read_text(encoding="utf-8")).get("cuda")
+    return built and f"CUDA {built}"
 
 
 def _load(name: str, problem: str | None) -> Native:

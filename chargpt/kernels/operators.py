@@ -165,7 +165,7 @@ class OperatorsWithGradient(Operators):
         wanted = torch.is_grad_enabled() and logits.requires_grad and options[-1] != "none"
         # The gradient of a mean underflows in float16 before the factor, a loss scale, can multiply it.
         if wanted and logits.dtype != torch.float16 and not torch.compiler.is_compiling():
-            return _GradientInForward.apply(self._ops, logits, targets, *options)  # type: ignore[no-any-return]
+            return _GradientInForward.apply(self._ops, logits, targets, *options)  # type: ignore[no-any-return, no-untyped-call]
         return super()._cross_entropy(logits, targets, *options)
 
     def _cross_entropy_forward(self, *arguments: Any) -> tuple[Tensor, Tensor]:
@@ -203,7 +203,7 @@ class _GradientInForward(torch.autograd.Function):
         return loss  # type: ignore[no-any-return]
 
     @staticmethod
-    def backward(ctx: Any, loss_gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, loss_gradient: Tensor) -> tuple[Tensor | None, ...]:
         gradient, ctx.gradient = ctx.gradient, None
         if gradient is None or torch.is_grad_enabled():  # the second walk through this graph, or create_graph=True
             gradient = ctx.ops.softmax_cross_entropy_backward(loss_gradient, *ctx.saved_tensors, *ctx.options)

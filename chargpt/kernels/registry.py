@@ -23,6 +23,7 @@ from chargpt.kernels import cpp, cuda, native, reference, triton
 from chargpt.kernels.triton import operators as triton_operators
 
 Operation = Literal["causal_attention", "softmax_cross_entropy"]
+OPERATIONS: tuple[Operation, ...] = typing.get_args(Operation)
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ def _absence(entry: Implementation) -> str | None:
 
 def _limits(entry: Implementation) -> str:
     """What an implementation that can run here leaves to others, as the end of a sentence."""
-    missing = [operation for operation in typing.get_args(Operation) if getattr(entry, operation) is None]
+    missing = [operation for operation in OPERATIONS if getattr(entry, operation) is None]
     return f", without {' and '.join(missing)}" if missing else ""
 
 

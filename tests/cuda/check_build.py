@@ -60,7 +60,7 @@ def cross_entropy_inputs(device: str, dtype: torch.dtype = torch.float32) -> tup
 
 
 def check_binding(module: Any) -> str:
-    """CPU tensors get as far as the choice of the GPU: pybind11 has taken all arguments by then, or raised TypeError."""
+    """Tensors on the CPU get as far as the choice of the GPU. By then pybind11 has taken all arguments."""
     q, k, v = (x.detach() for x in attention_inputs("cpu"))
     logits, targets = (x.detach() for x in cross_entropy_inputs("cpu"))
     out, lse, normalisers = torch.empty_like(q), torch.empty(B, H, T), torch.empty(2, N)
@@ -74,10 +74,10 @@ def check_binding(module: Any) -> str:
     for name, arguments in calls.items():
         try:
             getattr(module, name)(*arguments)
+            said = "nothing"
         except RuntimeError as error:
-            assert "non-CUDA" in str(error), f"{name}: {error}"
-        else:
-            raise AssertionError(f"{name} took tensors on the CPU")
+            said = str(error)
+        assert "non-CUDA" in said, f"{name}: {said}"
     return f"{len(calls)} functions"
 
 
