@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--deadline", type=float, default=float("inf"), help="in seconds since 1970")
     parser.add_argument("--dry", action="store_true", help="on the CPU")
     parser.add_argument("--worker", type=int, help="run this share of the checks")
-    parser.add_argument("--workers", type=int, default=min(10, os.cpu_count() or 1), help="processes")
+    parser.add_argument("--workers", type=int, default=min(12, os.cpu_count() or 1), help="processes")
     parser.add_argument("--skip", type=int, default=0, help="checks of the share that are done")
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -10,6 +10,7 @@ SHORT = 512  # the longest sequence that the CUDA kernels are made for
 LONG = 1024  # the shortest on which Triton should keep up with the libraries
 CUDA_GOAL, TRITON_GOAL = 1.2, 0.9  # times as fast as the best of torch's backends
 COPY_GOAL, COMPILE_GOAL = 0.85, 2.0  # of the copy bandwidth; times as fast as torch.compile
+LISTED = 60  # failed checks on the page
 
 
 def file_name(results: Results) -> str:
@@ -116,7 +117,9 @@ def proof(results: Results) -> list[str]:
         ]
         lines += [f"{found['passed']} of {found['checks']} checks passed.", ""]
         lines += table(["", "passed", "failed", "skipped"], rows)
-        lines += [f"- FAILED {name}: {'; '.join(problems)}" for name, problems in found["failed"].items()]
+        failed = [f"- FAILED {name}: {'; '.join(problems)}" for name, problems in found["failed"].items()]
+        lines += failed[:LISTED]
+        lines += [f"- and {len(failed) - LISTED} more, in the JSON file"] if len(failed) > LISTED else []
         lines += [f"- skipped {name}: {reason}" for name, reason in found["skipped"].items()]
     for tool in ("memcheck", "racecheck"):
         notes = _notes(results, tool)

@@ -81,13 +81,19 @@ def run(tool: str, result: Path) -> dict[str, object]:
     inner = [sys.executable, "-m", "benchmarks.gpu.sanitize", "--tool", tool, "--result", str(result), "--inside"]
     command = [sanitizer, "--tool", tool, "--report-api-errors", "no", "--error-exitcode", str(FOUND), *inner]
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    print(done.stdout)
-    errors = count_errors(done.stdout)
-    if errors is None or done.returncode not in (0, FOUND):
-        sys.exit(f"{tool} ended with exit code {done.returncode}; its report is above")
-    lines = [line.removeprefix("=========").strip() for line in done.stdout.splitlines() if line.startswith("=====")]
-    return {"errors": errors, "report": lines[:40] if errors else []}
+    lines = []
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as running:
+        assert running.stdout is not None
+        for line in running.stdout:  # as they come, so that the log has them when time runs out
+            print(line, end="", flush=True)
+            lines.append(line.strip())
+    errors = count_errors("\n".join(lines))
+    if errors is None or running.returncode not in (0, FOUND):
+        sys.exit(f"{tool} ended with exit code {running.returncode}; its report is above")
+    report = [line.removeprefix("=========").strip() for line in lines if line.startswith("=========")]
+    return {"errors": errors, "report": report[:40] if errors else []}
 
 
 def count_errors(report: str) -> int | None:

@@ -65,8 +65,8 @@ def setup(
     )
     assert isinstance(config.model, TransformerConfig)
     network = build(config.model, vocabulary, kernels, program.device)
-    # A dry run traces; inductor would spend its time on compiling C++.
-    backend = "aot_eager" if program.dry else "inductor"
+    # A dry run only traces: inductor would spend its time on compiling C++.
+    backend = "eager" if program.dry else "inductor"
     called: nn.Module = torch.compile(network, backend=backend) if compiled else network  # type: ignore[assignment]
     runtime = Runtime(program.device, "bf16", compiled, kernels, ())
     return network, called, build_optimizers(network, config.optimizer), config, runtime
