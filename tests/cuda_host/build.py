@@ -1,4 +1,4 @@
-"""Compiles csrc/cuda/<name>.cu and its test for the CPU: as a library for ctypes, or as a program under a sanitizer.
+"""Compiles csrc/cuda/<name>*.cu and its test for the CPU: as a library for ctypes, or as a program under a sanitizer.
 
 What was compiled once stays in build/cuda_host until a source changes.
 """
@@ -36,7 +36,7 @@ KINDS = {
 
 
 def library(name: str) -> ctypes.CDLL:
-    """csrc/cuda/<name>.cu, where there is one, with tests/cuda_host/<name>_test.cpp, loaded."""
+    """csrc/cuda/<name>*.cu, where there are any, with tests/cuda_host/<name>_test.cpp, loaded."""
     return ctypes.CDLL(str(compiled(name, "library")))
 
 
@@ -62,12 +62,11 @@ def compiled(name: str, kind: str) -> Path:
     if compiler is None:
         pytest.skip("no C++ compiler")
     kernel_flags, host_flags, link_flags = KINDS[kind]
-    kernel, test, host = KERNELS / f"{name}.cu", HERE / f"{name}_test.cpp", HERE / "host.cpp"
-    sources = [test, host, *([kernel] if kernel.exists() else [])]
-    headers = [path for path in [*KERNELS.iterdir(), *HERE.glob("*.h")] if path.suffix in (".h", ".cuh")]
+    host = HERE / "host.cpp"
+    sources = [host, HERE / f"{name}_test.cpp", *sorted(KERNELS.glob(f"{name}*.cu"))]
     identity = hashlib.sha256(repr((_version(compiler), COMMON, KINDS[kind], _cpu())).encode())
-    for path in sorted({*sources, *headers}):
-        identity.update(path.name.encode() + b"\0" + path.read_bytes())
+    for path in _files_of(compiler, sources):
+        identity.update(str(path).encode() + b"\0" + path.read_bytes())
     folder = CACHE / f"{name}-{kind}-{identity.hexdigest()[:16]}"
     target = folder / (f"{name}.so" if kind == "library" else name)
     if target.exists():
@@ -83,13 +82,23 @@ def compiled(name: str, kind: str) -> Path:
         return object_file
 
     with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compile_one, sorted(sources)))
+        objects = list(pool.map(compile_one, sources))
     unfinished = target.with_suffix(f".{os.getpid()}")
     _call([compiler, *link_flags, *map(str, objects), "-pthread", "-o", str(unfinished)])
     for path in objects:
         path.unlink()
     unfinished.replace(target)
     return target
+
+
+def _files_of(compiler: str, sources: list[Path]) -> list[Path]:
+    """The sources and the headers of this project that they include."""
+    rules = subprocess.run(
+        [compiler, *COMMON, "-MM", "-x", "c++", *map(str, sources)], capture_output=True, text=True, check=False
+    )
+    assert rules.returncode == 0, rules.stderr
+    words = rules.stdout.replace("\\\n", " ").split()
+    return sorted({Path(word) for word in words if not word.endswith(":")})
 
 
 def _call(command: list[str]) -> None:

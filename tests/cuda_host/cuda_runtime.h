@@ -79,35 +79,21 @@ cudaError_t launch(dim3 grid, dim3 block, size_t shared_bytes, const F& body) {
   return run(grid, block, shared_bytes, [](const void* f) { (*static_cast<const F*>(f))(); }, &body);
 }
 
-// Meets the other lanes in `mask`. The last to come calls meet() for all: lanes[i] is the `mine` of lane i, nullptr for
-// lanes that are not in the mask.
-void collective(const char* name, uint32_t mask, void* mine, void (*meet)(void* const (&lanes)[32]), Where where);
-
 int lane();
 void barrier(Where where);
 void warp_barrier(uint32_t mask, Where where);
+uint64_t exchange(const char* name, uint32_t mask, uint64_t value, int source, Where where);  // what `source` brings
+uint32_t ballot(uint32_t mask, bool vote, Where where);
 [[noreturn]] void fail(const char* what, Where where);  // ends this launch with an error
 
-// The value that lane `source` brings.
 template <class T>
 T shuffle(const char* name, uint32_t mask, T value, int source, Where where) {
-  static_assert(std::is_trivially_copyable_v<T> && sizeof(T) <= 8);
-  struct Mine {
-    T value, result;
-    int source;
-    bool valid;
-  } mine{value, value, source, true};
-  collective(name, mask, &mine, [](void* const(&lanes)[32]) {
-    for (void* lane : lanes) {
-      if (lane == nullptr) continue;
-      Mine& to = *static_cast<Mine*>(lane);
-      const Mine* from = static_cast<const Mine*>(lanes[to.source]);
-      to.valid = from != nullptr;
-      if (to.valid) to.result = from->value;
-    }
-  }, where);
-  if (!mine.valid) fail("a shuffle reads from a lane that takes no part", where);
-  return mine.result;
+  static_assert(std::is_trivially_copyable_v<T> && sizeof(T) <= sizeof(uint64_t));
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof value);
+  bits = exchange(name, mask, bits, source, where);
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
 }
 
 }  // namespace cuda_host
@@ -146,23 +132,13 @@ T __shfl_up_sync(uint32_t mask, T value, int delta, int width = 32,
 }
 
 inline uint32_t __ballot_sync(uint32_t mask, bool vote, cuda_host::Where where = cuda_host::Where::current()) {
-  struct Mine {
-    uint32_t bit, result;
-  } mine{vote ? 1u << cuda_host::lane() : 0, 0};
-  cuda_host::collective("__ballot_sync", mask, &mine, [](void* const(&lanes)[32]) {
-    uint32_t all = 0;
-    for (const void* lane : lanes) all |= lane != nullptr ? static_cast<const Mine*>(lane)->bit : 0;
-    for (void* lane : lanes) {
-      if (lane != nullptr) static_cast<Mine*>(lane)->result = all;
-    }
-  }, where);
-  return mine.result;
+  return cuda_host::ballot(mask, vote, where);
 }
 inline int __any_sync(uint32_t mask, bool vote, cuda_host::Where where = cuda_host::Where::current()) {
-  return __ballot_sync(mask, vote, where) != 0;
+  return cuda_host::ballot(mask, vote, where) != 0;
 }
 inline int __all_sync(uint32_t mask, bool vote, cuda_host::Where where = cuda_host::Where::current()) {
-  return __ballot_sync(mask, !vote, where) == 0;
+  return cuda_host::ballot(mask, !vote, where) == 0;
 }
 
 // ---- Arithmetic ----------------------------------------------------------------------------------------------------
@@ -172,6 +148,10 @@ using std::isfinite, std::isinf, std::isnan, std::max, std::min;  // CUDA has th
 inline float __uint_as_float(uint32_t bits) { return std::bit_cast<float>(bits); }
 inline uint32_t __float_as_uint(float x) { return std::bit_cast<uint32_t>(x); }
 inline uint32_t __umulhi(uint32_t a, uint32_t b) { return static_cast<uint32_t>(uint64_t{a} * b >> 32); }
+inline float __fmul_rn(float x, float y) {  // never part of a multiply-add
+  const volatile float product = x * y;
+  return product;
+}
 inline float __expf(float x) { return std::exp(x); }
 inline float __logf(float x) { return std::log(x); }
 inline float __fdividef(float x, float y) { return x / y; }

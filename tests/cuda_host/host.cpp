@@ -42,6 +42,7 @@ constexpr bool kTsan = false;
 #endif
 constexpr size_t kStackBytes = size_t{256} << 10;
 constexpr unsigned kMostThreads = 1024;
+constexpr uint32_t kAllLanes = 0xffffffff;
 
 // ---- Switching between stacks --------------------------------------------------------------------------------------
 
@@ -103,17 +104,17 @@ struct Context {
 // The stacks of one block, each above a page that nobody may touch.
 class Stacks {
  public:
-  explicit Stacks(unsigned count) : bytes_(count * kStride) {
+  explicit Stacks(size_t count) : bytes_(count * kStride) {
     data_ = static_cast<char*>(mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
     if (data_ == MAP_FAILED) std::abort();
-    for (unsigned i = 0; i < count; ++i) mprotect(data_ + i * kStride, kGuard, PROT_NONE);
+    for (size_t i = 0; i < count; ++i) mprotect(data_ + i * kStride, kGuard, PROT_NONE);
 #if defined(CUDA_HOST_ASAN)
-    ASAN_UNPOISON_MEMORY_REGION(data_, bytes_);  // what died here before may have left marks
+    ASAN_UNPOISON_MEMORY_REGION(data_, bytes_);  // what was here before may have left marks
 #endif
   }
   ~Stacks() { munmap(data_, bytes_); }
   Stacks(const Stacks&) = delete;
-  char* operator[](unsigned i) { return data_ + i * kStride + kGuard; }
+  char* operator[](size_t i) { return data_ + i * kStride + kGuard; }
 
  private:
   static constexpr size_t kGuard = 4096, kStride = kGuard + kStackBytes;
@@ -121,7 +122,31 @@ class Stacks {
   size_t bytes_;
 };
 
+// Making stacks costs more than most kernels of a test, so they wait here for the next launch.
+class StackPool {
+ public:
+  std::unique_ptr<Stacks> take() {
+    const std::lock_guard lock(mutex_);
+    if (free_.empty()) return std::make_unique<Stacks>(kMostThreads);
+    std::unique_ptr<Stacks> stacks = std::move(free_.back());
+    free_.pop_back();
+    return stacks;
+  }
+  void give_back(std::unique_ptr<Stacks> stacks) {
+    const std::lock_guard lock(mutex_);
+    free_.push_back(std::move(stacks));
+  }
+
+ private:
+  std::mutex mutex_;
+  std::vector<std::unique_ptr<Stacks>> free_;
+} stack_pool;
+
 // ---- Blocks --------------------------------------------------------------------------------------------------------
+
+// What the last lane to come to a warp operation does for all: lanes[i] is what lane i brings, nullptr where it has no
+// part.
+using Meet = void(void* const (&lanes)[32]);
 
 struct Thread {
   Context context;
@@ -161,7 +186,7 @@ class Block {
   Thread& self() { return *current_; }
   char* shared() { return shared_; }
   void wait();  // until somebody makes this thread ready
-  void meet(const char* name, uint32_t mask, void* mine, void (*meet)(void* const (&lanes)[32]), Where where);
+  void meet(const char* name, uint32_t mask, void* mine, Meet* meet, Where where);
   void barrier(Where where);
   void order(char* address, bool after);
   [[noreturn]] void fail(const std::string& what);
@@ -311,7 +336,7 @@ void Block::report_stuck() {
   std::fprintf(stderr, "cuda_host: block (%u, %u, %u) is %s\n", index_.x, index_.y, index_.z, all.c_str());
 }
 
-void Block::meet(const char* name, uint32_t mask, void* mine, void (*meet)(void* const (&lanes)[32]), Where where) {
+void Block::meet(const char* name, uint32_t mask, void* mine, Meet* meet, Where where) {
   Thread& thread = self();
   Warp& warp = warp_of(thread);
   const uint32_t bit = 1u << thread.number % 32;
@@ -385,10 +410,6 @@ void fail(const char* what, Where where) {
   std::abort();
 }
 
-void collective(const char* name, uint32_t mask, void* mine, void (*meet)(void* const (&lanes)[32]), Where where) {
-  block_here->meet(name, mask, mine, meet, where);
-}
-
 // Under ThreadSanitizer threads meet twice: were the first to leave also free to go on, what it does next would be
 // counted as done before the barrier.
 void barrier(Where where) {
@@ -421,25 +442,24 @@ cudaError_t run(dim3 grid, dim3 block, size_t shared_bytes, void (*body)(const v
   if (shared_bytes > static_cast<size_t>(host_shared_bytes)) return cudaErrorInvalidValue;
   Launch launch{.grid = grid, .block = block, .shared_bytes = shared_bytes, .body = body, .context = context};
   // ThreadSanitizer takes memory that is used again for the same memory, so there every block keeps its own to the end.
-  std::vector<std::unique_ptr<Stacks>> stacks;
-  std::vector<std::unique_ptr<Block>> kept;
-  const auto take_blocks = [&](Stacks& own) {
-    for (;;) {
-      const uint64_t i = launch.next_block++;
-      if (i >= blocks || launch.failed) return;
-      if (kTsan && i > 0) stacks.push_back(std::make_unique<Stacks>(threads));
+  std::vector<std::unique_ptr<Stacks>> kept_stacks;
+  std::vector<std::unique_ptr<Block>> kept_blocks;
+  const auto take_blocks = [&] {
+    std::unique_ptr<Stacks> stacks = kTsan ? nullptr : stack_pool.take();
+    for (uint64_t i = launch.next_block++; i < blocks && !launch.failed; i = launch.next_block++) {
+      if (kTsan) kept_stacks.push_back(std::make_unique<Stacks>(threads));
       const uint3 index{static_cast<unsigned>(i % grid.x), static_cast<unsigned>(i / grid.x % grid.y),
                         static_cast<unsigned>(i / grid.x / grid.y)};
-      auto one = std::make_unique<Block>(launch, index, kTsan ? *stacks.back() : own);
+      auto one = std::make_unique<Block>(launch, index, kTsan ? *kept_stacks.back() : *stacks);
       one->run();
-      if (kTsan) kept.push_back(std::move(one));
+      if (kTsan) kept_blocks.push_back(std::move(one));
     }
+    if (!kTsan && !launch.failed) stack_pool.give_back(std::move(stacks));  // not those of threads that never ended
   };
   const uint64_t workers = kTsan ? 1 : std::min<uint64_t>(blocks, std::max(1u, std::thread::hardware_concurrency()));
-  for (uint64_t i = 0; i < workers; ++i) stacks.push_back(std::make_unique<Stacks>(threads));
   std::vector<std::thread> others;
-  for (uint64_t i = 1; i < workers; ++i) others.emplace_back(take_blocks, std::ref(*stacks[i]));
-  take_blocks(*stacks[0]);
+  for (uint64_t i = 1; i < workers; ++i) others.emplace_back(take_blocks);
+  take_blocks();
   for (std::thread& other : others) other.join();
 #if defined(CUDA_HOST_TSAN)
   __tsan_acquire(&launch.order);
@@ -447,9 +467,69 @@ cudaError_t run(dim3 grid, dim3 block, size_t shared_bytes, void (*body)(const v
   return launch.failed ? cudaErrorLaunchFailure : cudaSuccess;
 }
 
-// ---- The tensor cores ----------------------------------------------------------------------------------------------
+// ---- Warp operations -----------------------------------------------------------------------------------------------
+
+uint64_t exchange(const char* name, uint32_t mask, uint64_t value, int source, Where where) {
+  struct Mine {
+    uint64_t value, result;
+    int source;
+    bool valid;
+  } mine{value, 0, source, false};
+  block_here->meet(name, mask, &mine, [](void* const(&lanes)[32]) {
+    for (void* lane : lanes) {
+      if (lane == nullptr) continue;
+      Mine& to = *static_cast<Mine*>(lane);
+      const Mine* from = static_cast<const Mine*>(lanes[to.source]);
+      to.valid = from != nullptr;
+      to.result = to.valid ? from->value : 0;
+    }
+  }, where);
+  if (!mine.valid) fail("a shuffle reads from a lane that takes no part", where);
+  return mine.result;
+}
+
+uint32_t ballot(uint32_t mask, bool vote, Where where) {
+  struct Mine {
+    bool vote;
+    uint32_t result;
+  } mine{vote, 0};
+  block_here->meet("a vote", mask, &mine, [](void* const(&lanes)[32]) {
+    uint32_t all = 0;
+    for (int i = 0; i < 32; ++i) all |= lanes[i] != nullptr && static_cast<const Mine*>(lanes[i])->vote ? 1u << i : 0;
+    for (void* lane : lanes) {
+      if (lane != nullptr) static_cast<Mine*>(lane)->result = all;
+    }
+  }, where);
+  return mine.result;
+}
 
 namespace {
+
+struct LoadMatrix {
+  const Row& row;
+  uint32_t* result;
+  int matrices;
+  bool transposed;
+};
+
+void meet_for_ldmatrix(void* const (&lanes)[32]) {
+  const auto element = [&](int matrix, int row, int column) -> uint32_t {
+    return static_cast<const LoadMatrix*>(lanes[8 * matrix + row])->row[column];
+  };
+  for (int lane = 0; lane < 32; ++lane) {
+    const int g = lane / 4, t = lane % 4;
+    const LoadMatrix& mine = *static_cast<const LoadMatrix*>(lanes[lane]);
+    for (int i = 0; i < mine.matrices; ++i) {
+      mine.result[i] = mine.transposed ? element(i, 2 * t, g) | element(i, 2 * t + 1, g) << 16
+                                       : element(i, g, 2 * t) | element(i, g, 2 * t + 1) << 16;
+    }
+  }
+}
+
+struct Mma {
+  float* d;
+  const uint32_t *a, *b;
+};
 
 float widen_bf16(uint32_t bits) { return __bfloat162float({static_cast<uint16_t>(bits)}); }
 float widen_fp16(uint32_t bits) { return __half2float({static_cast<uint16_t>(bits)}); }
@@ -479,7 +559,17 @@ void meet_for_mma(void* const (&lanes)[32]) {
 
 }  // namespace
 
-void meet_for_mma_bf16(void* const (&lanes)[32]) { meet_for_mma<widen_bf16>(lanes); }
-void meet_for_mma_fp16(void* const (&lanes)[32]) { meet_for_mma<widen_fp16>(lanes); }
+void distribute_matrices(const Row& row, uint32_t* result, int matrices, bool transposed, Where where) {
+  LoadMatrix mine{row, result, matrices, transposed};
+  block_here->meet("ldmatrix", kAllLanes, &mine, meet_for_ldmatrix, where);
+}
+void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Where where) {
+  Mma mine{d, a, b};
+  block_here->meet("mma", kAllLanes, &mine, meet_for_mma<widen_bf16>, where);
+}
+void mma_fp16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Where where) {
+  Mma mine{d, a, b};
+  block_here->meet("mma", kAllLanes, &mine, meet_for_mma<widen_fp16>, where);
+}
 
 }  // namespace cuda_host

@@ -22,37 +22,17 @@ struct AsyncCopies {
 };
 AsyncCopies& async_copies();  // of this thread
 
-struct Mma {
-  float* d;
-  const uint32_t *a, *b;
-};
-void meet_for_mma_bf16(void* const (&lanes)[32]);
-void meet_for_mma_fp16(void* const (&lanes)[32]);
+using Row = uint16_t[8];  // of a matrix, that a lane's address names
+void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Where where);
+void mma_fp16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Where where);
+void distribute_matrices(const Row& row, uint32_t* result, int matrices, bool transposed, Where where);
 
-struct LoadMatrix {
-  uint16_t row[8];  // that this lane's address names
-  uint32_t* result;
-};
-template <int kMatrices, bool kTransposed>
-void meet_for_ldmatrix(void* const (&lanes)[32]) {
-  const auto element = [&](int matrix, int row, int column) -> uint32_t {
-    return static_cast<const LoadMatrix*>(lanes[8 * matrix + row])->row[column];
-  };
-  for (int lane = 0; lane < 32; ++lane) {
-    const int g = lane / 4, t = lane % 4;
-    for (int i = 0; i < kMatrices; ++i) {
-      static_cast<LoadMatrix*>(lanes[lane])->result[i] =
-          kTransposed ? element(i, 2 * t, g) | element(i, 2 * t + 1, g) << 16
-                      : element(i, g, 2 * t) | element(i, g, 2 * t + 1) << 16;
-    }
-  }
-}
 template <int kMatrices, bool kTransposed>
 void ldmatrix(uint32_t* result, const void* shared_row, Where where) {
   if (reinterpret_cast<uintptr_t>(shared_row) % 16 != 0) fail("ldmatrix: an address is no multiple of 16", where);
-  LoadMatrix mine{{}, result};
-  if (lane() < 8 * kMatrices) std::memcpy(mine.row, shared_row, 16);  // the other lanes' addresses do not count
-  collective("ldmatrix", 0xffffffff, &mine, meet_for_ldmatrix<kMatrices, kTransposed>, where);
+  Row row = {};
+  if (lane() < 8 * kMatrices) std::memcpy(row, shared_row, 16);  // the other lanes' addresses do not count
+  distribute_matrices(row, result, kMatrices, kTransposed, where);
 }
 
 template <int kBytes>
@@ -90,11 +70,12 @@ inline void ldmatrix_x2_trans(uint32_t (&r)[2], const void* shared_row,
 template <class T>
 void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                   cuda_host::Where where = cuda_host::Where::current()) {
-  static_assert(std::is_same_v<T, __nv_bfloat16> || std::is_same_v<T, __half>);
-  constexpr bool kBf16 = std::is_same_v<T, __nv_bfloat16>;
-  cuda_host::Mma mine{d, a, b};
-  cuda_host::collective("mma", 0xffffffff, &mine,
-                        kBf16 ? cuda_host::meet_for_mma_bf16 : cuda_host::meet_for_mma_fp16, where);
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    cuda_host::mma_bf16(d, a, b, where);
+  } else {
+    static_assert(std::is_same_v<T, __half>);
+    cuda_host::mma_fp16(d, a, b, where);
+  }
 }
 
 inline void cp_async_16(void* shared, const void* global, bool valid,

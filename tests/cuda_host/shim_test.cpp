@@ -86,10 +86,8 @@ __global__ void load_matrices(const uint16_t* matrices, uint32_t* out) {
   uint32_t four[4], four_transposed[4], two[2], two_transposed[2];
   ldmatrix_x4(four, shared + 8 * lane);
   ldmatrix_x4_trans(four_transposed, shared + 8 * lane);
-#ifdef CHARGPT_CUDA_HOST
   ldmatrix_x2(two, shared + 8 * (lane % 16));
   ldmatrix_x2_trans(two_transposed, shared + 8 * (lane % 16));
-#endif
   for (int i = 0; i < 4; ++i) out[12 * lane + i] = four[i];
   for (int i = 0; i < 4; ++i) out[12 * lane + 4 + i] = four_transposed[i];
   for (int i = 0; i < 2; ++i) out[12 * lane + 8 + i] = two[i];
@@ -133,7 +131,20 @@ __global__ void fine(int* data) {
   }
   shared[i] = data[start + i];
   __syncwarp();
-  data[start + i] = shared[i ^ 1];
+  data[start + i] = shared[i ^ 1] + __shfl_xor_sync(kAll, static_cast<int>(i), 1) + __any_sync(kAll, i == 3);
+  __syncthreads();
+  if (i < 32) {
+    cp_async_8(shared + 2 * i, data + start + 2 * i, true);
+    cp_async_commit();
+    cp_async_wait<0>();
+    __syncwarp();
+    uint32_t a[4], b[2];
+    ldmatrix_x4(a, shared + 4 * (i % 16));
+    ldmatrix_x2_trans(b, shared + 4 * (i % 16));
+    float d[4] = {};
+    mma_m16n8k16<__half>(d, a, b);
+    data[start + i] = static_cast<int>(d[0] > 0);
+  }
 }
 
 __global__ void no_barrier_before_reading(int* data) {
@@ -191,6 +202,22 @@ __global__ void copy_over_what_others_read(int* data) {
 
 __global__ void two_blocks_write_the_same(int* data) { data[threadIdx.x] = static_cast<int>(blockIdx.x); }
 
+__global__ void two_blocks_read_and_write(int* data) {
+  if (blockIdx.x == 0) {
+    data[threadIdx.x] = 1;
+  } else {
+    data[blockIdx.x * kThreads + threadIdx.x] = data[threadIdx.x];
+  }
+}
+
+__global__ void ldmatrix_without_barrier(int* data) {
+  int* const shared = reinterpret_cast<int*>(dynamic_shared());
+  shared[threadIdx.x] = data[threadIdx.x];
+  uint32_t a[4];
+  ldmatrix_x4(a, shared + 4 * (threadIdx.x % 16));
+  data[blockIdx.x * kThreads + threadIdx.x] = static_cast<int>(a[0]);
+}
+
 __global__ void past_shared(int* data) {
   int* const shared = reinterpret_cast<int*>(dynamic_shared());
   shared[threadIdx.x + 1] = data[threadIdx.x];
@@ -247,6 +274,8 @@ const std::map<std::string, Kernel>& kernels() {
       CHARGPT_KERNEL(copy_without_barrier),
       CHARGPT_KERNEL(copy_over_what_others_read),
       CHARGPT_KERNEL(two_blocks_write_the_same),
+      CHARGPT_KERNEL(two_blocks_read_and_write),
+      CHARGPT_KERNEL(ldmatrix_without_barrier),
       CHARGPT_KERNEL(past_shared),
       CHARGPT_KERNEL(past_global),
       CHARGPT_KERNEL(past_an_array),

@@ -150,6 +150,8 @@ def test_threads_that_never_meet_are_reported(
         ("tsan", "copy_without_barrier", "data race"),
         ("tsan", "copy_over_what_others_read", "data race"),
         ("tsan", "two_blocks_write_the_same", "data race"),
+        ("tsan", "two_blocks_read_and_write", "data race"),
+        ("tsan", "ldmatrix_without_barrier", "data race"),
         ("asan", "past_shared", "heap-buffer-overflow"),
         ("asan", "past_global", "heap-buffer-overflow"),
         ("asan", "past_an_array", "out of bounds"),
