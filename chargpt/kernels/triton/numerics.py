@@ -54,7 +54,10 @@ def exp_of_scores(s, scale, shift, dtype: tl.constexpr):
 
 @triton.jit
 def tanh(u):
-    """To some 2 units in the last place. Near 0, 1 − 2 / (exp(2u) + 1) would cancel: there an odd polynomial."""
+    """tanh(u), to some 2 units in the last place, and its derivative, 1 − tanh², without that cancellation.
+
+    Near 0, (1 − e) / (1 + e) would cancel too: there an odd polynomial.
+    """
     square = u * u
     p = -5.70498872745e-3
     p = p * square + 2.06390887954e-2
@@ -64,4 +67,5 @@ def tanh(u):
     near = p * square * u + u
     e = tl.exp(-2.0 * tl.abs(u))
     size = (1.0 - e) / (1.0 + e)
-    return tl.where(tl.abs(u) < 0.625, near, tl.where(u < 0, -size, size))
+    value = tl.where(tl.abs(u) < 0.625, near, tl.where(u < 0, -size, size))
+    return value, 4.0 * e / ((1.0 + e) * (1.0 + e))
