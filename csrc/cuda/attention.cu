@@ -54,42 +54,59 @@ bool too_large(const AttentionShape& shape) {
 
 // ---- delta ---------------------------------------------------------------------------------------------------------
 
-inline constexpr int kDeltaThreads = 128, kDeltaLanes = 8;  // threads of a block, and of a row
+constexpr int kDeltaThreads = 128, kDeltaLanes = 4;  // threads of a block, and of a row
+constexpr int kRun = 16;                             // channels
 
 __device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(__half x) { return __half2float(x); }
 __device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 
-// Eight lanes share a row, sixteen bytes at a time.
+// Channels [begin, begin + kRun) of the product of two rows
+template <class Element>
+__device__ inline float run_product(const Problem& problem, const Element* x, const Element* y, int begin) {
+  constexpr int kVector = 16 / sizeof(Element);
+  float sum = 0;
+  if (problem.vectors) {
+#pragma unroll
+    for (int d = 0; d < kRun; d += kVector) {
+      if (begin + d >= problem.D) break;
+      alignas(16) Element left[kVector], right[kVector];
+      *reinterpret_cast<uint4*>(left) = *reinterpret_cast<const uint4*>(x + begin + d);
+      *reinterpret_cast<uint4*>(right) = *reinterpret_cast<const uint4*>(y + begin + d);
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) sum += to_float(left[i]) * to_float(right[i]);
+    }
+  } else {
+    for (int d = begin; d < min(begin + kRun, problem.D); ++d) sum += to_float(x[d]) * to_float(y[d]);
+  }
+  return sum;
+}
+
+// delta = rowsum(dO ∘ O), less dlse for 16-bit dtypes; float32 keeps dlse apart, which would lose digits to a larger
+// delta. Runs of 16 channels are summed up as attention_float32.cuh sums up dO Vᵀ: so where a query sees but one key, and
+// O is V, the difference of the two is 0 exactly, as it should be.
 template <class Element>
 __global__ void __launch_bounds__(kDeltaThreads) attention_backward_delta(BackwardCall call) {
-  constexpr int kVector = 16 / sizeof(Element);
+  constexpr int kRounds = kMaxHeadSize / (kRun * kDeltaLanes), kRows = kDeltaThreads / kDeltaLanes;
   const Problem& problem = call.problem;
   const int lane = threadIdx.x % kDeltaLanes;
-  const Block block(problem.heads, ceil_div(problem.T, kDeltaThreads / kDeltaLanes));
-  const int query = block.index * (kDeltaThreads / kDeltaLanes) + threadIdx.x / kDeltaLanes;
-  float sum = 0;
-  if (query < problem.T) {
-    const Element* dout = rows_of<Element>(call.dout, block.batch, block.head)[query];
-    const Element* out = rows_of<Element>(call.out, block.batch, block.head)[query];
-    for (int d = lane * kVector; d < problem.D; d += kDeltaLanes * kVector) {
-      if (problem.vectors) {
-        const uint4 x = *reinterpret_cast<const uint4*>(dout + d), y = *reinterpret_cast<const uint4*>(out + d);
-        Element left[kVector], right[kVector];
-        memcpy(left, &x, sizeof x);
-        memcpy(right, &y, sizeof y);
+  const Block block(problem.heads, ceil_div(problem.T, kRows));
+  const int query = block.index * kRows + threadIdx.x / kDeltaLanes;
+  const int row = min(query, problem.T - 1);  // all lanes are needed below
+  const Element* dout = rows_of<Element>(call.dout, block.batch, block.head)[row];
+  const Element* out = rows_of<Element>(call.out, block.batch, block.head)[row];
+  float delta = 0;
 #pragma unroll
-        for (int i = 0; i < kVector; ++i) sum += to_float(left[i]) * to_float(right[i]);
-      } else {
-        for (int i = d; i < min(d + kVector, problem.D); ++i) sum += to_float(dout[i]) * to_float(out[i]);
-      }
-    }
+  for (int round = 0; round < kRounds; ++round) {
+    const int begin = (round * kDeltaLanes + lane) * kRun;
+    const float sum = begin < problem.D ? run_product(problem, dout, out, begin) : 0;
+#pragma unroll
+    for (int i = 0; i < kDeltaLanes; ++i) delta += __shfl_sync(0xFFFFFFFF, sum, i, kDeltaLanes);
   }
-#pragma unroll
-  for (int lanes = kDeltaLanes / 2; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(0xFFFFFFFF, sum, lanes);
   if (query < problem.T && lane == 0) {
     const int64_t at = (int64_t{block.batch} * problem.heads + block.head) * problem.T + query;
-    call.delta[at] = call.dlse == nullptr ? sum : sum - call.dlse[at];
+    const bool fold = sizeof(Element) == 2 && call.dlse != nullptr;
+    call.delta[at] = fold ? delta - call.dlse[at] : delta;
   }
 }
 

@@ -151,7 +151,7 @@ struct DqStrip {
 };
 
 template <class Element, int D>
-__global__ void __launch_bounds__(32 * DqConfig<D>::kWarps) attention_backward_dq(BackwardCall call) {
+__global__ void __launch_bounds__(32 * DqConfig<D>::kWarps, 1) attention_backward_dq(BackwardCall call) {
   using Config = DqConfig<D>;
   constexpr int kStrip = 16 * Config::kM, kQueries = Config::kWarps * kStrip, kKeys = Config::kTile;
   constexpr int kThreads = 32 * Config::kWarps;
@@ -286,7 +286,7 @@ struct DkDvStrip {
 };
 
 template <class Element, int D, bool kDk, bool kDv>
-__global__ void __launch_bounds__(32 * DkDvConfig<D>::kWarps) attention_backward_dk_dv(BackwardCall call) {
+__global__ void __launch_bounds__(32 * DkDvConfig<D>::kWarps, 1) attention_backward_dk_dv(BackwardCall call) {
   using Config = DkDvConfig<D>;
   constexpr int kStrip = 16 * Config::kM, kKeys = Config::kWarps * kStrip, kQueries = Config::kTile;
   constexpr int kThreads = 32 * Config::kWarps;

@@ -199,7 +199,7 @@ struct ForwardMemory {
 };
 
 template <class Element, int D>
-__global__ void __launch_bounds__(32 * ForwardConfig<D>::kWarps) attention_forward_streaming(ForwardCall call) {
+__global__ void __launch_bounds__(32 * ForwardConfig<D>::kWarps, 1) attention_forward_streaming(ForwardCall call) {
   using Config = ForwardConfig<D>;
   constexpr int kQueries = Config::kWarps * Config::kStrip, kKeys = Config::kKeys, kThreads = 32 * Config::kWarps;
   const Problem& problem = call.problem;
@@ -240,7 +240,7 @@ __global__ void __launch_bounds__(32 * ForwardConfig<D>::kWarps) attention_forwa
 }
 
 template <class Element, int D>
-__global__ void __launch_bounds__(32 * kResidentWarps) attention_forward_resident(ForwardCall call) {
+__global__ void __launch_bounds__(32 * kResidentWarps, 1) attention_forward_resident(ForwardCall call) {
   using Config = ForwardConfig<D>;
   const Problem& problem = call.problem;
   const int warps = blockDim.x / 32, strips = ceil_div(problem.T, Config::kStrip);

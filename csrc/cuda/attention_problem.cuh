@@ -59,7 +59,7 @@ struct BackwardCall {
   Problem problem;
   View dout, q, k, v, out;
   const float *lse, *dlse;
-  float* delta;  // (B, H, T): rowsum(dO ∘ O) - dlse
+  float* delta;  // (B, H, T): rowsum(dO ∘ O), less dlse for 16-bit dtypes
   MutableView dq, dk, dv;
 };
 

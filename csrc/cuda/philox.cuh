@@ -29,7 +29,7 @@ __device__ inline void random_words(uint32_t (&word)[4], const Dropout& dropout,
                                     uint32_t batch_head) {
   uint32_t c0 = key_block, c1 = position, c2 = batch_head, c3 = 0;
   uint32_t k0 = dropout.key[0], k1 = dropout.key[1];
-#pragma unroll
+#pragma unroll 5  // all ten at once, and the keys of each round would be kept in 20 registers
   for (int round = 0; round < 10; ++round) {
     const uint64_t p0 = uint64_t{0xD2511F53} * c0, p1 = uint64_t{0xCD9E8D57} * c2;
     c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0;
