@@ -8,8 +8,8 @@
 // 2^((x - m) log2 e), the difference taken first: it is exact where it matters, however large the logits are.
 //
 // Between the sums and the gradient a row has to be kept somewhere. By length, in chunks of 16 bytes (row.cuh):
-//   up to 256      short_rows: in registers, 8 or 32 lanes for a row, 32 to 8 rows for a block of 256 threads. At
-//                  V = 65 the 128 threads' worth of rows that a load instruction of a warp sees lie side by side.
+//   up to 256      short_rows: in registers, 8 or 32 lanes for a row. At V = 65 the rows that a warp reads together lie
+//                  side by side, so it reads whole cache lines although each row starts at an odd element.
 //   more           long_rows, resident: in shared memory, one block for a row, maximum and sum in one sweep (the sum is
 //                  rescaled when the maximum grows; Milakov & Gimelshein 2018). A block goes through many rows, and each
 //                  thread asks for its chunks of the next row as soon as it has used those of this one, so reading goes
@@ -225,7 +225,7 @@ __device__ void put_zeros(T* out, int V, int lane, int lanes) {
 // ---- Kernels -------------------------------------------------------------------------------------------------------
 
 // kLanes lanes for a row, each with up to kChunks chunks in registers.
-// budget: short_rows registers<=64 shared<=0
+// budget: short_rows registers<=80 shared<=0
 template <class T, int kLanes, int kChunks>
 __global__ void __launch_bounds__(kShortThreads) short_rows(const Problem<T> problem) {
   constexpr int kEdges = (kMostEdges<T> + kLanes - 1) / kLanes;
@@ -273,7 +273,8 @@ __global__ void __launch_bounds__(kShortThreads) short_rows(const Problem<T> pro
   }
 }
 
-// A block for a row, kResident: kept in shared memory, chunk c at held[c], where its thread alone looks.
+// A block for a row, kResident: kept in shared memory, chunk c at held[c], where its thread alone looks. So no barrier
+// is needed before the thread, which has the values in registers by then, asks for the next row's chunk in their place.
 // budget: long_rows registers<=64 shared<=0
 template <class T, bool kResident>
 __global__ void __launch_bounds__(kMostThreads) long_rows(const Problem<T> problem) {

@@ -165,9 +165,7 @@ def test_loses_no_more_than_torch(host: ctypes.CDLL, case: CrossEntropyCase, dty
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", BLOCK_ROWS, ids=lambda case: case.name)
 @pytest.mark.usefixtures("chip")
-def test_rows_of_a_block_lose_no_more_than_torch(
-    host: ctypes.CDLL, case: CrossEntropyCase, dtype: torch.dtype
-) -> None:
+def test_rows_of_a_block_lose_no_more_than_torch(host: ctypes.CDLL, case: CrossEntropyCase, dtype: torch.dtype) -> None:
     check(host, case, dtype, draws=2)
 
 
