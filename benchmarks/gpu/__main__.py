@@ -79,7 +79,7 @@ def main() -> None:
 
 def dry_stages() -> tuple[Stage, ...]:
     """All steps beside each other, since nothing is really timed. Compiling is no step of its own."""
-    options = {"cases": ("--dry", "--workers", "1")}
+    options = {"cases": ("--dry", "--workers", "2")}
     steps = [
         Step(step.name, step.module, (*step.options, *options.get(step.name, ("--dry",))))
         for stage in STAGES
