@@ -129,39 +129,52 @@ __device__ inline void dot(Square& s, FloatTile<D> a, FloatTile<D> b) {
   }
 }
 
-// c += Σ over rows k of b: weight[i] · b[k], for this thread's columns
+// sum += weight[i] · b[k], for kVector columns
 template <int D>
-__device__ inline void add_row(Part<D>& c, const float (&weight)[4], FloatTile<D> b, int k) {
-  using Config = Float32Config<D>;
-  const Place<D> place;
+__device__ inline void add_row(float (&sum)[4][Float32Config<D>::kVector], const float (&weight)[4], FloatTile<D> b, int k,
+                               int column) {
+  float row[Float32Config<D>::kVector];
+  read(row, b.at(k, column));
 #pragma unroll
-  for (int g = 0; g < Config::kGroups; ++g) {
-    float row[Config::kVector];
-    read(row, b.at(k, place.column(g)));
+  for (int i = 0; i < 4; ++i) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-#pragma unroll
-      for (int n = 0; n < Config::kVector; ++n) c[i][g][n] += weight[i] * row[n];
-    }
+    for (int n = 0; n < Float32Config<D>::kVector; ++n) sum[i][n] += weight[i] * row[n];
   }
 }
+
+template <int D>
+__device__ inline void add(Part<D>& c, int group, const float (&sum)[4][Float32Config<D>::kVector]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+#pragma unroll
+    for (int n = 0; n < Float32Config<D>::kVector; ++n) c[i][group][n] += sum[i][n];
+  }
+}
+
+// The two products below add up one tile before they add it to c, for the same reason, and one group of columns after the
+// other, for its sums to stay in few registers.
 
 // c += p b: weights of rows 4 y + i
 template <int D>
 __device__ inline void multiply_add(Part<D>& c, const float* p, FloatTile<D> b) {
   using Config = Float32Config<D>;
-  constexpr int kStep = D <= 128 ? 4 : 1;  // as far as registers allow
-  const float* rows = p + 4 * Place<D>().y * Config::kPitch;
+  const Place<D> place;
+  const float* const rows = p + 4 * place.y * Config::kPitch;
+#pragma unroll
+  for (int g = 0; g < Config::kGroups; ++g) {
+    float sum[4][Config::kVector] = {};
 #pragma unroll 1
-  for (int k = 0; k < Config::kTile; k += kStep) {
-    float weights[4][kStep];  // (row, k)
+    for (int k = 0; k < Config::kTile; k += 4) {
+      float weights[4][4];  // (row, k)
 #pragma unroll
-    for (int i = 0; i < 4; ++i) read(weights[i], rows + i * Config::kPitch + k);
+      for (int i = 0; i < 4; ++i) read(weights[i], rows + i * Config::kPitch + k);
 #pragma unroll
-    for (int j = 0; j < kStep; ++j) {
-      const float weight[4] = {weights[0][j], weights[1][j], weights[2][j], weights[3][j]};
-      add_row<D>(c, weight, b, k + j);
+      for (int j = 0; j < 4; ++j) {
+        const float weight[4] = {weights[0][j], weights[1][j], weights[2][j], weights[3][j]};
+        add_row<D>(sum, weight, b, k + j, place.column(g));
+      }
     }
+    add<D>(c, g, sum);
   }
 }
 
@@ -169,11 +182,17 @@ __device__ inline void multiply_add(Part<D>& c, const float* p, FloatTile<D> b) 
 template <int D>
 __device__ inline void multiply_transposed_add(Part<D>& c, const float* p, FloatTile<D> b) {
   using Config = Float32Config<D>;
-#pragma unroll 2
-  for (int k = 0; k < Config::kTile; ++k) {
-    float weight[4];
-    read(weight, p + k * Config::kPitch + 4 * Place<D>().y);
-    add_row<D>(c, weight, b, k);
+  const Place<D> place;
+#pragma unroll
+  for (int g = 0; g < Config::kGroups; ++g) {
+    float sum[4][Config::kVector] = {};
+#pragma unroll 4
+    for (int k = 0; k < Config::kTile; ++k) {
+      float weight[4];
+      read(weight, p + k * Config::kPitch + 4 * place.y);
+      add_row<D>(sum, weight, b, k, place.column(g));
+    }
+    add<D>(c, g, sum);
   }
 }
 
