@@ -15,8 +15,8 @@
 //                  thread asks for its chunks of the next row as soon as it has used those of this one, so reading goes
 //                  on while the gradient is written. V = 50257 takes 98 KiB in bfloat16, two blocks on a multiprocessor
 //                  of an H100 (228 KiB), and 196 KiB in float32, one.
-//   what does not  long_rows, not resident: nowhere. The second sweep reads the row again, mostly from the L2 cache, where
-//   fit there      50 MB hold the rows of all 132 blocks. Without a gradient there is no second sweep.
+//   what does not  long_rows, not resident: nowhere. The second sweep reads the row again, from the L2 cache as far as
+//   fit there      it goes: at V = 128256 in bfloat16, 132 rows of 257 KB. Without a gradient there is one sweep.
 // The backward that gets the sums is one sweep over the row in any layout. Means divide by the number of rows that are
 // not ignored, which a block counts first; losses are added by one block at the end: nobody waits for the GPU.
 
@@ -216,9 +216,7 @@ struct GradientRow {
 template <class T>
 __device__ void put_zeros(T* out, int V, int lane, int lanes) {
   const Row<T> row(out, V);
-  for (int c = lane; c < row.chunks; c += lanes) {
-    *reinterpret_cast<uint4*>(out + row.chunk_at(c)) = make_uint4(0, 0, 0, 0);
-  }
+  for (int c = lane; c < row.chunks; c += lanes) store_chunk(out + row.chunk_at(c), make_uint4(0, 0, 0, 0));
   for (int e = lane; e < row.edges; e += lanes) out[row.edge_at(e)] = narrow<T>(0.0f);
 }
 

@@ -109,11 +109,17 @@ __device__ inline bool cut_alike(const void* row, const void* other) {
   return (reinterpret_cast<uintptr_t>(row) - reinterpret_cast<uintptr_t>(other)) % sizeof(uint4) == 0;
 }
 
-// Writes a chunk to where it may not be one.
+// One store of 16 bytes. (An assignment may be taken apart: nvcc 13.0 made four stores of 4 bytes of it.)
+template <class T>
+__device__ void store_chunk(T* out, const uint4& chunk) {
+  __stcg(reinterpret_cast<uint4*>(out), chunk);
+}
+
+// Writes K elements to where they may not be a chunk.
 template <class T>
 __device__ void store(T* out, const float (&x)[kChunk<T>], bool is_chunk) {
   if (is_chunk) {
-    *reinterpret_cast<uint4*>(out) = narrow<T>(x);
+    store_chunk(out, narrow<T>(x));
   } else {
 #pragma unroll
     for (int i = 0; i < kChunk<T>; ++i) out[i] = narrow<T>(x[i]);

@@ -160,3 +160,7 @@ template <class T>
 T __ldg(const T* p) {
   return *p;
 }
+template <class T>
+void __stcg(T* p, const T& value) {
+  *p = value;
+}
