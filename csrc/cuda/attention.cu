@@ -85,6 +85,7 @@ __device__ inline float run_product(const Problem& problem, const Element* x, co
 // delta = rowsum(dO ∘ O), less dlse for 16-bit dtypes; float32 keeps dlse apart, which would lose digits to a larger
 // delta. Runs of 16 channels are summed up as attention_float32.cuh sums up dO Vᵀ: so where a query sees but one key, and
 // O is V, the difference of the two is 0 exactly, as it should be.
+// budget: attention_backward_delta registers<=48 shared<=0
 template <class Element>
 __global__ void __launch_bounds__(kDeltaThreads) attention_backward_delta(BackwardCall call) {
   constexpr int kRounds = kMaxHeadSize / (kRun * kDeltaLanes), kRows = kDeltaThreads / kDeltaLanes;

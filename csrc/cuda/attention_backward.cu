@@ -20,15 +20,15 @@ cudaError_t backward(const BackwardCall& call, cudaStream_t stream) {
   };
   cudaError_t error;
   if constexpr (DkDv::kTogether) {
-    error = launch_dk_dv(attention_backward_dk_dv<Element, D, true, true>);
+    error = launch_dk_dv(attention_backward_dk_dv<D, Element, true, true>);
   } else {
-    error = launch_dk_dv(attention_backward_dk_dv<Element, D, true, false>);
-    if (error == cudaSuccess) error = launch_dk_dv(attention_backward_dk_dv<Element, D, false, true>);
+    error = launch_dk_dv(attention_backward_dk_dv<D, Element, true, false>);
+    if (error == cudaSuccess) error = launch_dk_dv(attention_backward_dk_dv<D, Element, false, true>);
   }
   if (error != cudaSuccess) return error;
 
   const int64_t query_blocks = ceil_div(problem.T, 16 * Dq::kM * Dq::kWarps);
-  return launch_blocks(attention_backward_dq<Element, D>, query_blocks * problem.batches * problem.heads, 32 * Dq::kWarps,
+  return launch_blocks(attention_backward_dq<D, Element>, query_blocks * problem.batches * problem.heads, 32 * Dq::kWarps,
                        kDqBytes, call, stream);
 }
 

@@ -29,7 +29,14 @@ struct DkDvConfig {
   static constexpr int kTile = D <= 64 ? 64 : 32;    // queries of a tile
   static constexpr int kStep = D <= 128 ? 32 : 16;   // and those of them that are worked on together
   static constexpr bool kTogether = D <= 128;        // dK and dV in one go; else a launch for each
+  static constexpr int kBlocks = D <= 16 ? 3 : 2;    // on a multiprocessor, as far as registers allow
 };
+// dk_dv, D                          16    32    64    96   128   256
+//   shared KiB per block            17    33    49  48.5  64.5  96.5
+//   registers, sm_80 / sm_90a  158/157 211/214 189/190 244/247 247/251 243/244
+// budget: attention_backward_dk_dv<16, registers<=168 shared<=0
+// budget: attention_backward_dk_dv registers<=255 shared<=0
+
 template <int D>
 struct DqConfig {
   static constexpr int kM = D <= 64 ? 2 : 1;
@@ -37,7 +44,14 @@ struct DqConfig {
   static constexpr int kWarps = D <= 128 ? 4 : 2;
   static constexpr int kTile = D <= 64 ? 64 : 32;    // keys of a tile
   static constexpr int kStep = D == 64 || D == 256 ? 16 : 32;  // and those of them that are worked on together
+  static constexpr int kBlocks = D <= 32 ? 3 : 2;    // on a multiprocessor, as far as registers allow
 };
+// dq, D                             16    32    64    96   128   256
+//   shared KiB per block            16    32    64    48    64    96
+//   registers, sm_80 / sm_90a  148/152 164/166 220/226 203/209 236/240 254/254
+// budget: attention_backward_dq<16, registers<=168 shared<=0
+// budget: attention_backward_dq<32, registers<=168 shared<=0
+// budget: attention_backward_dq registers<=255 shared<=0
 
 template <class Element, int D, class Config>
 constexpr int backward_shared_bytes() {
@@ -150,8 +164,8 @@ struct DqStrip {
   }
 };
 
-template <class Element, int D>
-__global__ void __launch_bounds__(32 * DqConfig<D>::kWarps, 1) attention_backward_dq(BackwardCall call) {
+template <int D, class Element>
+__global__ void __launch_bounds__(32 * DqConfig<D>::kWarps, DqConfig<D>::kBlocks) attention_backward_dq(BackwardCall call) {
   using Config = DqConfig<D>;
   constexpr int kStrip = 16 * Config::kM, kQueries = Config::kWarps * kStrip, kKeys = Config::kTile;
   constexpr int kThreads = 32 * Config::kWarps;
@@ -285,8 +299,8 @@ struct DkDvStrip {
   }
 };
 
-template <class Element, int D, bool kDk, bool kDv>
-__global__ void __launch_bounds__(32 * DkDvConfig<D>::kWarps, 1) attention_backward_dk_dv(BackwardCall call) {
+template <int D, class Element, bool kDk, bool kDv>
+__global__ void __launch_bounds__(32 * DkDvConfig<D>::kWarps, DkDvConfig<D>::kBlocks) attention_backward_dk_dv(BackwardCall call) {
   using Config = DkDvConfig<D>;
   constexpr int kStrip = 16 * Config::kM, kKeys = Config::kWarps * kStrip, kQueries = Config::kTile;
   constexpr int kThreads = 32 * Config::kWarps;

@@ -27,6 +27,16 @@ struct Float32Config {
   static constexpr int kPitch = kTile + 4, kSquareFloats = kTile * kPitch;  // of P and dS
 };
 
+// D                                 16    32    64    96   128   256
+//   threads                        256   256   256    64    64    64
+//   registers, sm_90a: forward      96   120   128   160   168   240
+//                      dq          102   128   132   168   202   254
+//                      dk_dv        93   128   150   218   252   254
+// budget: attention_forward_float32<64> registers<=128 shared<=0
+// budget: attention_forward_float32 registers<=255 shared<=0
+// budget: attention_backward_dq_float32 registers<=255 shared<=0
+// budget: attention_backward_dk_dv_float32 registers<=255 shared<=0
+
 // kTile rows of D channels in shared memory. A unit of four channels is kept at a place that depends on row / 4, so that
 // threads x = 0 … 7, which read the same unit of rows 4 x + j, hit different banks (from D = 32 on).
 template <int D>

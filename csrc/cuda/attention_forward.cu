@@ -34,12 +34,12 @@ cudaError_t forward(const ForwardCall& call, cudaStream_t stream) {
     const cudaError_t error = resident_is_better(problem, shared_bytes, better);
     if (error != cudaSuccess) return error;
     if (better) {
-      return launch_blocks(attention_forward_resident<Element, D>, heads, 32 * warps, shared_bytes, call, stream);
+      return launch_blocks(attention_forward_resident<D, Element>, heads, 32 * warps, shared_bytes, call, stream);
     }
   }
   static_assert(Memory::kStreaming <= kSharedBytesSm86);
   const int64_t blocks = ceil_div(problem.T, Config::kWarps * Config::kStrip);
-  return launch_blocks(attention_forward_streaming<Element, D>, heads * blocks, 32 * Config::kWarps, Memory::kStreaming,
+  return launch_blocks(attention_forward_streaming<D, Element>, heads * blocks, 32 * Config::kWarps, Memory::kStreaming,
                        call, stream);
 }
 

@@ -13,7 +13,7 @@
 //              used, the next one arrives.
 //
 // Shared memory, 16-bit elements. resident: 2 · S · D for K and V, 32 · D for each warp's Q: at S = 256, D = 64, 4 warps
-// 80 KiB, two blocks per H100 multiprocessor; at S = 512, D = 64, 8 warps 160 KiB, one. streaming: see Config.
+// 80 KiB, two blocks per H100 multiprocessor; at S = 512, D = 64, 8 warps 160 KiB, one. streaming: see ForwardConfig.
 
 #pragma once
 
@@ -30,7 +30,15 @@ struct ForwardConfig {
   static constexpr int kKeys = D <= 128 ? 64 : 32;  // of a step, and of a tile of `streaming`
   static constexpr bool kHeld = D <= 128;           // Q in registers
   static constexpr int kWarps = 4;                  // of `streaming`
+  static constexpr int kBlocks = D <= 16 ? 3 : 2;   // of `streaming` on a multiprocessor, as far as registers allow
 };
+// `streaming`, D                    16    32    64    96   128   256
+//   shared KiB per block            12    24    48    60    80    96
+//   registers, sm_80 / sm_90a  151/157 174/181 237/247 173/186 205/204 249/250
+// What ptxas reports must stay in these; shared memory beside the dynamic one is 0:
+// budget: attention_forward_streaming<16, registers<=168 shared<=0
+// budget: attention_forward_streaming registers<=255 shared<=0
+// budget: attention_forward_resident registers<=255 shared<=0
 inline constexpr int kCarefulKeys = 32;
 inline constexpr int kResidentWarps = 8;     // at most
 inline constexpr int kResidentKeys = 512;    // at most
@@ -198,8 +206,8 @@ struct ForwardMemory {
   }
 };
 
-template <class Element, int D>
-__global__ void __launch_bounds__(32 * ForwardConfig<D>::kWarps, 1) attention_forward_streaming(ForwardCall call) {
+template <int D, class Element>
+__global__ void __launch_bounds__(32 * ForwardConfig<D>::kWarps, ForwardConfig<D>::kBlocks) attention_forward_streaming(ForwardCall call) {
   using Config = ForwardConfig<D>;
   constexpr int kQueries = Config::kWarps * Config::kStrip, kKeys = Config::kKeys, kThreads = 32 * Config::kWarps;
   const Problem& problem = call.problem;
@@ -239,7 +247,7 @@ __global__ void __launch_bounds__(32 * ForwardConfig<D>::kWarps, 1) attention_fo
   strip.finish(rows_of<Element>(call.out, block.batch, block.head), call.lse + int64_t{batch_head} * problem.T);
 }
 
-template <class Element, int D>
+template <int D, class Element>
 __global__ void __launch_bounds__(32 * kResidentWarps, 1) attention_forward_resident(ForwardCall call) {
   using Config = ForwardConfig<D>;
   const Problem& problem = call.problem;

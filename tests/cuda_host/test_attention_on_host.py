@@ -11,7 +11,7 @@ from kernels.cases import ATTENTION_CASES, DRAWS, AttentionCase, assert_as_right
 from kernels.test_attention import drawn_seed, gradients, keep_mask
 from torch import Tensor
 
-from .build import library
+from .build import library, run_watched
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
@@ -139,11 +139,11 @@ def test_large_cases(kernels: ctypes.CDLL, case: AttentionCase, dtype: torch.dty
     assert_right(kernels, case, dtype, draws=DRAWS[:2])
 
 
-# Strips that a resident block shares out in two rounds and in three, an odd number of them, and more keys than are waited
-# for at first. Windows that end inside a tile, and hide whole tiles. Several tiles with dropout, for each head size.
+# Strips that a resident block shares out in two rounds, fully and not, and more keys than queries. Windows that end
+# inside a tile, and hide whole tiles. Several tiles with dropout, for each head size.
 LONGER = [
-    AttentionCase("one_block_of_warps", B=1, H=1, T=290, D=16),
-    AttentionCase("three_rounds", B=1, H=1, T=512, D=16),
+    AttentionCase("odd_number_of_strips", B=1, H=1, T=290, D=16),
+    AttentionCase("eight_warps", B=1, H=1, T=512, D=16),
     AttentionCase("resident_more_keys", B=1, H=2, T=70, S=400, D=32),
     AttentionCase("narrow_window", B=1, H=2, T=200, D=16, options={"window": 40}),
     *(AttentionCase(f"dropout_D{D}", B=1, T=70, S=150, D=D, options={"dropout_p": 0.3, "window": 90})
@@ -161,7 +161,7 @@ def test_several_tiles(kernels: ctypes.CDLL, chip: int, case: AttentionCase, dty
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_dropout_mask_is_the_references(kernels: ctypes.CDLL, chip: int, dtype: torch.dtype) -> None:
-    """With equal scores and V one-hot in the key, O shows which weights survive, and dV which the backward pass keeps."""
+    """With equal scores and V one-hot in the key, O shows which weights survive, and dV those of the backward pass."""
     case = AttentionCase("mask", B=2, H=2, T=40, S=64, D=64, options={"dropout_p": 0.4})
     q, k, _ = (torch.zeros_like(x) for x in case.inputs(dtype))
     v = torch.eye(64, dtype=dtype).expand(2, 2, 64, 64).clone().requires_grad_()  # (B, H, S, D)
@@ -177,9 +177,7 @@ def test_the_dropout_mask_is_the_references(kernels: ctypes.CDLL, chip: int, dty
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("scale", [1.0, -1.0, 0.0])
-def test_huge_inputs_give_finite_outputs(
-    kernels: ctypes.CDLL, chip: int, dtype: torch.dtype, scale: float
-) -> None:
+def test_huge_inputs_give_finite_outputs(kernels: ctypes.CDLL, chip: int, dtype: torch.dtype, scale: float) -> None:
     case = AttentionCase("huge", B=1, T=70, D=32, options={"scale": scale})
     q, k, v = (x.detach() for x in case.inputs(dtype))
     q, k = 1e4 * q.sign(), 1e4 * k.sign()  # scores up to 3.2e9
@@ -235,3 +233,13 @@ def test_sizes_beyond_32_bits_are_errors(kernels: ctypes.CDLL) -> None:
     shape, options = Shape(1, 1, 1, 1, 2**31, 16), Options(scale=1.0)
     tensors = (Strided * 4)()
     assert kernels.attention_run_forward(0, ctypes.byref(shape), ctypes.byref(options), tensors, None) == 1
+
+
+# Out of bounds, and races: what is compared with what is in attention_test.cpp. ThreadSanitizer runs fewer cases.
+@pytest.mark.parametrize(
+    ("kind", "arguments"), [("asan", ()), ("tsan", ("few",)), pytest.param("tsan", (), marks=pytest.mark.slow)], ids=str
+)
+def test_sanitizers_are_silent(kind: str, arguments: tuple[str, ...]) -> None:
+    done = run_watched("attention", kind, *arguments)
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr[-5000:]
+    assert "0 failures" in done.stdout
