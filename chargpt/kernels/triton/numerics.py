@@ -5,7 +5,7 @@ from float32 cuts the low half off. So products and conversions go through `dot`
 `INTERPRETED` is a compile-time constant, and the other branch leaves nothing behind.
 """
 
-# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators, disable-error-code="no-any-return"
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators, disable-error-code="no-any-return"
 
 import triton
 import triton.language as tl
@@ -27,9 +27,10 @@ def narrow(x, dtype: tl.constexpr):
     """float32 x in dtype, rounded to nearest, ties to even."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-        x = tl.where(x == x, rounded.to(tl.float32, bitcast=True), x)  # a NaN's bits may carry over into infinity
-    return x.to(dtype)
+        bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), bits | 0x400000)  # a NaN stays one
+        return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return x.to(dtype)
 
 
 @triton.jit
