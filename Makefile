@@ -9,10 +9,10 @@ export DO_NOT_TRACK := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro test lint bench sanitize ui clean
+.PHONY: help setup repro test lint bench gpu sanitize cuda-build ui clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(READY)  ## make .venv with the pinned packages and chargpt itself
 
@@ -42,6 +42,10 @@ bench: $(READY)  ## time the kernels and a training step against torch's
 	$(BIN)/python -m benchmarks.cross_entropy
 	$(BIN)/python -m benchmarks.training_step --compile
 
+# With the Python that is there, because it has the torch that fits the GPU: .venv's where there is one, else $(PYTHON).
+gpu:  ## prove and measure the GPU kernels, in ten minutes; DRY=1 walks through all of it on the CPU
+	$(PYTHON) -m benchmarks.gpu $(if $(filter-out 0,$(DRY)),--dry)
+
 # Each kernel with its test, without torch or Python, on every code path that this CPU has.
 SANITIZED := attention cross_entropy
 sanitize: $(SANITIZED:%=build/sanitize/%)  ## run the C++ under AddressSanitizer and UndefinedBehaviorSanitizer
@@ -52,6 +56,19 @@ build/sanitize/%: csrc/tests/%_test.cpp csrc/cpu/%.cpp $(wildcard csrc/cpu/*)
 	@mkdir -p $(@D)
 	$(CXX) -std=c++20 -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined \
 		csrc/tests/$*_test.cpp csrc/cpu/$*.cpp -o $@
+
+# In an environment of its own, since .venv's torch may be a build without CUDA. `===` takes exactly this release, which
+# is the one with CUDA on Linux; `==` would take 2.13.0+cpu for it where that is at hand. About 5 GB.
+CUDA_ENV := build/cuda-venv
+TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
+cuda-build: $(CUDA_ENV)/.ready  ## compile the CUDA kernels with nvcc against torch's build with CUDA, and check them; no GPU needed
+	$(CUDA_ENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation .
+	$(CUDA_ENV)/bin/python tests/cuda/check_build.py
+
+$(CUDA_ENV)/.ready: constraints.txt
+	$(PYTHON) -m venv $(CUDA_ENV)
+	$(CUDA_ENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch===$(TORCH) setuptools ninja
+	@touch $@
 
 ui: $(READY)  ## open MLflow on this machine
 	@$(BIN)/python -m pipelines.ui

@@ -1,13 +1,18 @@
-"""Build the native module where that is possible; pyproject.toml holds everything else.
+"""Build the native modules where that is possible; pyproject.toml holds everything else.
 
-An install never fails because of it. What happened is recorded in `chargpt/_native.json`, which `chargpt info` shows
-and `chargpt/kernels/native.py` checks before it loads the module, because pip hides the output of a build.
+There are two: `chargpt._native` with the C++ kernels, and `chargpt._native_cuda` with the CUDA kernels where torch is a
+build with CUDA and nvcc is here; no GPU is needed for that. An install never fails because of them, and the second may
+fail without harm to the first. What happened is recorded in `chargpt/_native.json`, which `chargpt info` shows and
+`chargpt/kernels/native.py` checks before it loads a module, because pip hides the output of a build.
 """
 
+import glob
 import json
 import os
 import platform
+import re
 import shlex
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -20,29 +25,42 @@ SOURCES = ["csrc/bindings.cpp", "csrc/cpu/attention.cpp", "csrc/cpu/cross_entrop
 COMPILE_ARGS = ["-O3", "-g0", "-fvisibility=hidden", "-fopenmp"]  # OpenMP as torch uses: at::parallel_for is inline
 LINK_ARGS = ["-fopenmp"]
 
+CUDA_SOURCES = ["csrc/bindings_cuda.cpp", *sorted(glob.glob("csrc/cuda/*.cu"))]
+CUDA_COMPILE_ARGS = {
+    "cxx": ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden"],
+    "nvcc": ["-O3", "-std=c++20", "-Xcompiler=-fvisibility=hidden"],
+}
+ARCHITECTURES = "8.0;9.0+PTX"  # unless TORCH_CUDA_ARCH_LIST says otherwise; newer GPUs compile the PTX
+JOB_BYTES = 3 << 30  # memory that one compiler may come to need
+
 
 class NotBuiltError(Exception):
-    """Why there is no native module, as a sentence that ends in what to do."""
+    """Why a native module was not built, as a sentence that ends in what to do."""
 
 
 class BuildNative(build_ext):
-    """Compile `chargpt._native` with torch.utils.cpp_extension, or record why not."""
+    """Compile the native modules with torch.utils.cpp_extension, or record why not."""
 
     def run(self) -> None:
-        record = {"python": platform.python_version(), "torch": None, "problem": None}
+        record: dict[str, str | None] = {"python": platform.python_version(), "torch": None, "problem": None}
+        record |= {"cuda": None, "cuda_problem": None}
         package = Path("chargpt") if self.inplace else Path(self.build_lib, "chargpt")
         package.mkdir(parents=True, exist_ok=True)
         try:
-            record["torch"] = self.compile()
+            record["torch"] = self.compile_cpp()
+            record["cuda"] = self.compile_cuda()
         except NotBuiltError as problem:
-            record["problem"] = str(problem)
-            for stale in package.glob("_native.*.so"):
-                stale.unlink()
-            print(f"chargpt: the native module was not built: {problem}", file=sys.stderr)
+            what, key, stale = ("native module was", "problem", "_native*.so")
+            if record["torch"]:
+                what, key, stale = ("CUDA kernels were", "cuda_problem", "_native_cuda.*.so")
+            record[key] = str(problem)
+            for module in package.glob(stale):
+                module.unlink()
+            print(f"chargpt: the {what} not built: {problem}", file=sys.stderr)
         (package / "_native.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
 
-    def compile(self) -> str:
-        """Compile against the torch of this environment and return its version. Raises NotBuiltError."""
+    def compile_cpp(self) -> str:
+        """Compile the C++ kernels against the torch of this environment and return its version."""
         if os.environ.get("CHARGPT_NO_NATIVE", "0") not in ("", "0"):
             raise NotBuiltError("CHARGPT_NO_NATIVE was set during the install; install again without it")
         if not Path(sysconfig.get_path("include"), "Python.h").exists():
@@ -50,26 +68,49 @@ class BuildNative(build_ext):
         require_compiler()
         try:
             import torch
-            from torch.utils.cpp_extension import BuildExtension, CppExtension
+            from torch.utils.cpp_extension import CppExtension
         except (ImportError, OSError) as error:
             raise NotBuiltError(
                 f"torch cannot be imported while building ({error}); install torch first, "
                 "or install without --no-build-isolation"
             ) from None
-
-        os.environ.setdefault("MAX_JOBS", str(os.cpu_count() or 1))  # ninja's own default is two more than the cores
-        macros = [("CHARGPT_TORCH_VERSION", f'"{torch.__version__}"')]
-        self.distribution.ext_modules = [
+        self.compile(
             CppExtension(
                 "chargpt._native",
                 SOURCES,
-                define_macros=macros,
+                define_macros=[("CHARGPT_TORCH_VERSION", f'"{torch.__version__}"')],
                 extra_compile_args=COMPILE_ARGS,
                 extra_link_args=LINK_ARGS,
             )
-        ]
+        )
+        return str(torch.__version__)
+
+    def compile_cuda(self) -> str:
+        """Compile the CUDA kernels and return the version of CUDA and the architectures that it was done for."""
+        import torch
+        from torch.utils import cpp_extension
+
+        version, cpp_extension.CUDA_HOME = require_toolkit(str(torch.__version__), torch.version.cuda)
+        architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)  # torch's default asks the GPU
+        self.compile(
+            cpp_extension.CUDAExtension(
+                "chargpt._native_cuda",
+                CUDA_SOURCES,
+                extra_compile_args=CUDA_COMPILE_ARGS,
+            )
+        )
+        return f"{version} for {architectures}"
+
+    def compile(self, extension: Extension) -> None:
+        from torch.utils.cpp_extension import BuildExtension
+
+        # ninja's own default is two more than the cores, however little memory there is
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        os.environ.setdefault("MAX_JOBS", str(jobs(os.cpu_count() or 1, memory)))
+        self.distribution.ext_modules = [extension]
         command = BuildExtension(self.distribution)
         command.editable_mode, command.inplace = self.editable_mode, self.inplace
+        command.build_lib, command.build_temp = self.build_lib, self.build_temp
         command.force = True  # objects left over from a build against another torch must not be linked again
         command.ensure_finalized()
         try:
@@ -79,7 +120,6 @@ class BuildNative(build_ext):
             raise NotBuiltError(
                 f"compiling failed ({first_line}); install again with `pip install -v` to see the compiler's messages"
             ) from None
-        return str(torch.__version__)
 
 
 def require_compiler() -> None:
@@ -93,4 +133,45 @@ def require_compiler() -> None:
         ) from None
 
 
-setup(ext_modules=[Extension("chargpt._native", SOURCES)], cmdclass={"build_ext": BuildNative})
+def require_toolkit(torch_version: str, torch_cuda: str | None) -> tuple[str, str]:
+    """The version and the folder of a CUDA toolkit that fits this torch. Raises NotBuiltError where there is none.
+
+    torch_cuda: the version of CUDA that torch was built with; None: without
+    """
+    if torch_cuda is None:
+        raise NotBuiltError(f"torch {torch_version} is a build without CUDA; install one with CUDA, then install again")
+    advice = f"install the CUDA toolkit {torch_cuda} or set CUDA_HOME to it, then install again"
+    try:
+        version, home = find_toolkit()
+    except (OSError, subprocess.CalledProcessError):
+        raise NotBuiltError(f"no nvcc was found that runs; {advice}") from None
+    if version.split(".")[0] != torch_cuda.split(".")[0]:
+        raise NotBuiltError(
+            f"nvcc is of CUDA {version}, but torch {torch_version} was built with CUDA {torch_cuda}; {advice}"
+        )
+    return version, home
+
+
+def find_toolkit() -> tuple[str, str]:
+    """The version and the folder of the CUDA toolkit here. Raises OSError or CalledProcessError where none answers.
+
+    nvcc itself is asked, because the one on the PATH may be a script or a link with no headers and libraries around it.
+    """
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = f"{home}/bin/nvcc" if home else shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    plan = ["--dryrun", "-x", "cu", os.devnull]  # how it would compile an empty file
+    said = [subprocess.run([nvcc, *x], check=True, capture_output=True, text=True) for x in (["--version"], plan)]
+    version = re.search(r"release (\d+\.\d+)", said[0].stdout)
+    folder = re.search(r"_HERE_=(.+)", said[1].stderr)
+    if version is None or folder is None:
+        raise OSError(f"{nvcc} does not answer as nvcc does")
+    return version[1], str(Path(folder[1]).parent)
+
+
+def jobs(cores: int, memory: int) -> int:
+    """How many files to compile at a time: what the cores and the memory, in bytes, are good for."""
+    return max(1, min(cores, memory // JOB_BYTES))
+
+
+if __name__ == "__main__":
+    setup(ext_modules=[Extension("chargpt._native", SOURCES)], cmdclass={"build_ext": BuildNative})

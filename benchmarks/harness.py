@@ -43,32 +43,51 @@ def compare(
     seconds: float = 4.0,
     warm_up: int = 2,
 ) -> Measurement:
-    """Run `functions` in turn for about `seconds`, at least five rounds, every other round in reverse order.
+    """Time `functions` by the host's clock, as `interleave` does.
 
     ratios: pairs (a, b) of names, of which time(a) / time(b) is wanted: by how much b is faster
     """
     for function in functions.values():
         for _ in range(warm_up):
             function()
+    times = interleave(functions, milliseconds, seconds)
+    return Measurement(
+        case=case,
+        median={name: statistics.median(column) for name, column in times.items()},
+        fastest={name: min(column) for name, column in times.items()},
+        ratios={f"{a} / {b}": paired_ratio(times, a, b) for a, b in ratios},
+        rounds=min(map(len, times.values())),
+        goal=goal,
+    )
+
+
+def interleave(
+    functions: dict[str, Callable[[], Any]], timer: Callable[[Callable[[], Any]], float], seconds: float
+) -> dict[str, list[float]]:
+    """Times by name: `functions` in turn for about `seconds`, at least five rounds, every other one in reverse order.
+
+    timer: calls a function once and says how many milliseconds it took
+    """
     times: dict[str, list[float]] = {name: [] for name in functions}
     started = time.perf_counter()
     rounds = 0
     while rounds < 5 or (time.perf_counter() - started < seconds and rounds < 2000):
         for name in list(functions)[:: -1 if rounds % 2 else 1]:
-            before = time.perf_counter()
-            functions[name]()
-            times[name].append(1e3 * (time.perf_counter() - before))
+            times[name].append(timer(functions[name]))
         rounds += 1
-    return Measurement(
-        case=case,
-        median={name: statistics.median(column) for name, column in times.items()},
-        fastest={name: min(column) for name, column in times.items()},
-        ratios={
-            f"{a} / {b}": statistics.median(x / y for x, y in zip(times[a], times[b], strict=True)) for a, b in ratios
-        },
-        rounds=rounds,
-        goal=goal,
-    )
+    return times
+
+
+def paired_ratio(times: dict[str, list[float]], a: str, b: str) -> float:
+    """The median over the rounds of time(a) / time(b): by how much b is faster."""
+    return statistics.median(x / y for x, y in zip(times[a], times[b], strict=True))
+
+
+def milliseconds(function: Callable[[], Any]) -> float:
+    """What one call takes, by the host's clock."""
+    before = time.perf_counter()
+    function()
+    return 1e3 * (time.perf_counter() - before)
 
 
 def machine() -> dict[str, Any]:

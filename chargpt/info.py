@@ -9,6 +9,7 @@ import torch
 
 from chargpt import __version__
 from chargpt.kernels import describe_implementations, native, resolve
+from chargpt.kernels.registry import OPERATIONS
 from chargpt.runtime import device_name
 
 PACKAGES = ("torch", "numpy", "safetensors", "triton", "dvc", "mlflow")
@@ -30,9 +31,10 @@ def collect() -> dict[str, Any]:
         },
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "native_module": loaded.module.build_info() if loaded.module else loaded.problem,
+        "cuda_module": native.load_cuda().problem or native.cuda_build(native.RECORD),
         "kernels": describe_implementations(),
         "chosen": {
-            device: resolve("causal_attention", device, torch.float32).name
+            device: {operation: resolve(operation, device, torch.float32).name for operation in OPERATIONS}
             for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else []))
         },
     }
@@ -50,9 +52,13 @@ def as_text(info: dict[str, Any]) -> str:
         + (f", {' '.join(name for name, has in features.items() if has)}" if features else ""),
         f"gpus: {', '.join(info['gpus']) or 'none that torch can use'}",
         "native module: " + (", ".join(f"{k} {v}" for k, v in built.items()) if isinstance(built, dict) else built),
+        f"cuda module: {info['cuda_module']}",
         "kernels:",
         *(f"  {name:<7} {state}" for name, state in info["kernels"].items()),
-        "chosen: " + ", ".join(f"{name} on {device}" for device, name in info["chosen"].items()),
+        *(
+            f"chosen on {device}: " + ", ".join(f"{name} for {operation}" for operation, name in names.items())
+            for device, names in info["chosen"].items()
+        ),
     ]
     return "\n".join(lines)
 

@@ -24,6 +24,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A machine with one GPU, as far as torch is asked."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
     return monkeypatch
 
@@ -135,9 +136,11 @@ def test_info_says_what_exists_and_why_the_rest_does_not() -> None:
     for state in info["kernels"].values():
         assert state.startswith(("available: ", "not available: "))
         assert len(state) > len("not available: ")
-    assert info["chosen"]["cpu"] == resolve_runtime(override(runs.BIGRAM, ["kernels=auto"])).kernels.split("+")[0]
+    chosen = info["chosen"]["cpu"]
+    assert set(chosen) == {"causal_attention", "softmax_cross_entropy"}
+    assert "+".join(dict.fromkeys(chosen.values())) == resolve_runtime(override(runs.BIGRAM, ["kernels=auto"])).kernels
     text = as_text(info)
-    for name in (*info["kernels"], "torch ", "native module: ", "gpus: "):
+    for name in (*info["kernels"], "torch ", "native module: ", "cuda module: ", "gpus: "):
         assert name in text
 
 

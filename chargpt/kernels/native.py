@@ -1,7 +1,7 @@
-"""The compiled module `chargpt._native`, or one sentence that says why it cannot be used here.
+"""The compiled modules `chargpt._native` (C++) and `chargpt._native_cuda`, or one sentence that says why not.
 
 A module built against another torch may crash or miscompute, so the versions recorded by setup.py in `_native.json`
-are compared before the module is loaded.
+are compared before a module is loaded.
 """
 
 import functools
@@ -14,7 +14,7 @@ from types import ModuleType
 
 import torch
 
-RECORD = Path(__file__).parents[1] / "_native.json"  # written by setup.py next to the module
+RECORD = Path(__file__).parents[1] / "_native.json"  # written by setup.py next to the modules
 REBUILD = "build it again with `pip install --no-build-isolation -e .`"
 
 
@@ -29,17 +29,17 @@ class Native:
 @functools.cache
 def load() -> Native:
     """Load `chargpt._native` once. Never raises: whatever is wrong becomes `problem`."""
-    problem = check_record(RECORD)
-    if problem is not None:
-        return Native(None, problem)
-    try:
-        return Native(importlib.import_module("chargpt._native"), None)
-    except (ImportError, OSError) as error:
-        return Native(None, f"the native module failed to load ({error}); {REBUILD}")
+    return _load("chargpt._native", check_record(RECORD))
+
+
+@functools.cache
+def load_cuda() -> Native:
+    """Likewise `chargpt._native_cuda`. It loads without a GPU; its kernels need one."""
+    return _load("chargpt._native_cuda", check_record(RECORD) or check_cuda_record(RECORD))
 
 
 def check_record(record: Path) -> str | None:
-    """Why the module that `record` describes must not be loaded by this Python and this torch; None when it may."""
+    """Why the modules that `record` describes must not be loaded by this Python and this torch; None when they may."""
     try:
         built = json.loads(record.read_text(encoding="utf-8"))
         python, built_torch, problem = built["python"], built["torch"], built["problem"]
@@ -54,3 +54,24 @@ def check_record(record: Path) -> str | None:
     if built_torch != torch.__version__:
         return f"the native module was built against torch {built_torch}, this is {torch.__version__}; {REBUILD}"
     return None
+
+
+def check_cuda_record(record: Path) -> str | None:
+    """Why there are no CUDA kernels in a build that is otherwise good; None when there are."""
+    problem = json.loads(record.read_text(encoding="utf-8")).get("cuda_problem")
+    return None if cuda_build(record) else f"the CUDA kernels were not built: {problem or REBUILD}"
+
+
+def cuda_build(record: Path) -> str | None:
+    """The version of CUDA and the architectures that the CUDA kernels were built for; None: they were not."""
+    built = json.loads(record.read_text(encoding="utf-8")).get("cuda")
+    return built and f"CUDA {built}"
+
+
+def _load(name: str, problem: str | None) -> Native:
+    if problem is not None:
+        return Native(None, problem)
+    try:
+        return Native(importlib.import_module(name), None)
+    except (ImportError, OSError) as error:
+        return Native(None, f"the native module failed to load ({error}); {REBUILD}")

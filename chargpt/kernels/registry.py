@@ -2,6 +2,12 @@
 
 An implementation is one entry of `IMPLEMENTATIONS`, in order of preference: "auto" takes the first that can serve the
 operation on the tensor's device and dtype, and the last, the reference, serves everything.
+
+On a GPU that order prefers CUDA to Triton. This is reasoned, not measured. The CUDA kernels are made for what this
+project trains: up to 512 positions they keep a head's keys and values in shared memory, and they compile before a run,
+not in its first steps. From some 1024 positions on, with heads of 64 channels and more, Triton should be faster on a
+Hopper GPU, because it emits that generation's matrix instructions (wgmma); ask for it by name there. The choice is made
+once for a device and a dtype and does not see shapes, so that one run is computed by one implementation throughout.
 """
 
 import functools
@@ -13,9 +19,11 @@ from typing import Any, Literal
 import torch
 
 from chargpt.errors import ConfigError
-from chargpt.kernels import cpp, native, reference
+from chargpt.kernels import cpp, cuda, native, reference, triton
+from chargpt.kernels.triton import operators as triton_operators
 
 Operation = Literal["causal_attention", "softmax_cross_entropy"]
+OPERATIONS: tuple[Operation, ...] = typing.get_args(Operation)
 
 
 @dataclass(frozen=True)
@@ -32,8 +40,24 @@ class Implementation:
 
 
 IMPLEMENTATIONS = (
-    Implementation("cuda", "CUDA kernels", devices=("cuda",)),
-    Implementation("triton", "Triton kernels", devices=("cuda",)),
+    Implementation(
+        "cuda",
+        "CUDA kernels",
+        cuda.causal_attention,
+        cuda.softmax_cross_entropy,
+        devices=("cuda",),
+        dtypes=(torch.float32, torch.bfloat16, torch.float16),
+        problem=cuda.problem,
+    ),
+    Implementation(
+        "triton",
+        "Triton kernels",
+        triton_operators.causal_attention,
+        triton_operators.softmax_cross_entropy,
+        devices=("cuda",),
+        dtypes=(torch.float32, torch.bfloat16, torch.float16),
+        problem=triton.problem,
+    ),
     Implementation(
         "cpp",
         "C++ kernels for the CPU",
@@ -118,7 +142,7 @@ def _absence(entry: Implementation) -> str | None:
 
 def _limits(entry: Implementation) -> str:
     """What an implementation that can run here leaves to others, as the end of a sentence."""
-    missing = [operation for operation in typing.get_args(Operation) if getattr(entry, operation) is None]
+    missing = [operation for operation in OPERATIONS if getattr(entry, operation) is None]
     return f", without {' and '.join(missing)}" if missing else ""
 
 

@@ -16,12 +16,12 @@ from chargpt.errors import ConfigError
 from chargpt.kernels import available_implementations, registry, resolve
 
 
-def implementations(operation: registry.Operation, *dtypes: torch.dtype) -> list[Any]:
+def implementations(operation: registry.Operation, *dtypes: torch.dtype, device: str = "cpu") -> list[Any]:
     """The implementations that run `operation` here, or pairs of one and a dtype that it takes: for parametrisation."""
 
     def serves(name: str, dtype: torch.dtype) -> bool:
         try:
-            return resolve(operation, "cpu", dtype, name).name == name
+            return resolve(operation, device, dtype, name).name == name
         except ConfigError:
             return False
 
@@ -44,18 +44,20 @@ class AttentionCase:
     spread: float = 1.0  # standard deviation of q and k
     options: dict[str, Any] = field(default_factory=dict)
 
-    def inputs(self, dtype: torch.dtype = torch.float64, draw: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v as leaves that require gradients, or views of one that does."""
+    def inputs(
+        self, dtype: torch.dtype = torch.float64, draw: int = 0, device: str = "cpu"
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v as leaves that require gradients, or views of one that does; the same on every device."""
         generator = torch.Generator().manual_seed(_seed(self.name) + draw)
         S, H_kv = self.S or self.T, self.H_kv or self.H
         if self.packed:
             qkv = torch.randn(self.B, self.T, 3, self.H, self.D, generator=generator, dtype=torch.float64)
-            qkv = (self.spread * qkv).to(dtype).requires_grad_()
+            qkv = (self.spread * qkv).to(device, dtype).requires_grad_()
             q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
             return q, k, v
         shapes = [(self.B, self.H, self.T, self.D), (self.B, H_kv, S, self.D), (self.B, H_kv, S, self.D)]
         q, k, v = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
-        return tuple(x.to(dtype).requires_grad_() for x in (self.spread * q, self.spread * k, v))  # type: ignore[return-value]
+        return tuple(x.to(device, dtype).requires_grad_() for x in (self.spread * q, self.spread * k, v))  # type: ignore[return-value]
 
 
 # T and D: one, two, odd, and on both sides of a power of two, where tiles end. D = 31 does not fill whole vectors.
@@ -98,8 +100,8 @@ class CrossEntropyCase:
     sliced: bool = False  # the first columns of a wider tensor: whole rows, with gaps between them
     options: dict[str, Any] = field(default_factory=dict)
 
-    def inputs(self, dtype: torch.dtype = torch.float64, draw: int = 0) -> tuple[Tensor, Tensor]:
-        """logits as a leaf that requires gradients (or a view of one), and targets."""
+    def inputs(self, dtype: torch.dtype = torch.float64, draw: int = 0, device: str = "cpu") -> tuple[Tensor, Tensor]:
+        """logits as a leaf that requires gradients (or a view of one), and targets; the same on every device."""
         generator = torch.Generator().manual_seed(_seed(self.name) + draw)
         logits = self.spread * torch.randn(*self.shape, self.V, generator=generator, dtype=torch.float64)
         targets = torch.randint(self.V, self.shape, generator=generator)
@@ -107,16 +109,16 @@ class CrossEntropyCase:
             hidden = torch.rand(logits.shape, generator=generator) < 0.3
             logits = logits.masked_fill(hidden.scatter(-1, targets[..., None], False), -torch.inf)
         rows = torch.rand(self.shape, generator=generator)
-        targets = targets.masked_fill(rows < self.ignored, self.options.get("ignore_index", -100))
+        targets = targets.masked_fill(rows < self.ignored, self.options.get("ignore_index", -100)).to(device)
         if self.strided:
-            wide = torch.zeros(*self.shape, 2 * self.V, dtype=dtype)
+            wide = torch.zeros(*self.shape, 2 * self.V, dtype=dtype, device=device)
             wide[..., ::2] = logits
             return wide.requires_grad_()[..., ::2], targets
         if self.sliced:
-            wide = torch.zeros(*self.shape, self.V + 7, dtype=dtype)
+            wide = torch.zeros(*self.shape, self.V + 7, dtype=dtype, device=device)
             wide[..., : self.V] = logits
             return wide.requires_grad_()[..., : self.V], targets
-        return logits.to(dtype).requires_grad_(), targets
+        return logits.to(device, dtype).requires_grad_(), targets
 
 
 ALL_OPTIONS = {"label_smoothing": 0.1, "z_loss": 0.01, "softcap": 5.0}
@@ -245,7 +247,7 @@ def torch_attention(
     """PyTorch's plain path in the dtype of the inputs: what it loses to rounding is the measure for the others."""
     (T, D), S = q.shape[2:], k.shape[2]
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    distance = torch.arange(S - T, S)[:, None] - torch.arange(S)
+    distance = torch.arange(S - T, S, device=q.device)[:, None] - torch.arange(S, device=q.device)
     hidden = (distance < 0) | (distance >= (S if window is None else window))
     scores = (q @ k.mT * (1 / math.sqrt(D) if scale is None else scale)).masked_fill(hidden, -torch.inf)
     P = scores.softmax(-1)

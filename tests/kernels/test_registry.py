@@ -1,15 +1,21 @@
 """Which implementation a call gets: data in one table, and a sentence for every refusal."""
 
+import re
+from dataclasses import replace
+from types import ModuleType
+
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chargpt.errors import ConfigError
 from chargpt.kernels import (
     available_implementations,
     causal_attention,
+    cuda,
     describe_implementations,
+    native,
     reference,
     registry,
     resolve,
@@ -35,6 +41,7 @@ def test_the_reference_is_always_available_and_the_rest_say_why_not() -> None:
     st.sampled_from(["cpu", "cuda", "cuda:1", "mps", "meta"]),
     st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
 )
+@settings(deadline=None)  # the first call loads modules
 def test_auto_never_fails(operation: registry.Operation, device: str, dtype: torch.dtype) -> None:
     choice = resolve(operation, device, dtype)
     assert choice.name in available_implementations()
@@ -79,6 +86,74 @@ def test_auto_takes_the_first_that_serves(monkeypatch: pytest.MonkeyPatch) -> No
     )
     with pytest.raises(ConfigError, match="it has no softmax_cross_entropy"):
         resolve("softmax_cross_entropy", "cpu", torch.bfloat16, "half")
+
+
+def with_problems(monkeypatch: pytest.MonkeyPatch, **problems: str | None) -> None:
+    """The real table, on a machine where the named implementations have these problems, or none."""
+    table = [
+        replace(entry, problem=lambda problem=problems[entry.name]: problem) if entry.name in problems else entry
+        for entry in registry.IMPLEMENTATIONS
+    ]
+    monkeypatch.setattr(registry, "IMPLEMENTATIONS", tuple(table))
+
+
+@pytest.mark.parametrize("operation", registry.OPERATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("problems", "chosen"),
+    [
+        ({"cuda": None, "triton": None}, "cuda"),
+        ({"cuda": "not built", "triton": None}, "triton"),
+        ({"cuda": None, "triton": "not installed"}, "cuda"),
+        ({"cuda": "not built", "triton": "not installed"}, "torch"),
+    ],
+    ids=str,
+)
+def test_auto_on_a_gpu_takes_cuda_then_triton(
+    monkeypatch: pytest.MonkeyPatch,
+    operation: registry.Operation,
+    dtype: torch.dtype,
+    problems: dict[str, str | None],
+    chosen: str,
+) -> None:
+    with_problems(monkeypatch, **problems)
+    choice = resolve(operation, "cuda:0", dtype)
+    assert choice.name == chosen
+    before = list(problems)[: list(problems).index(chosen)] if chosen in problems else problems
+    assert all(f"not {name}, because {problems[name]}" in choice.reason for name in before)
+    assert resolve(operation, "cpu", dtype).name in ("cpp", "torch")
+
+
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_the_gpus_kernels_leave_float64_and_the_cpu_to_others(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    with_problems(monkeypatch, cuda=None, triton=None)
+    assert resolve("causal_attention", "cuda", torch.float64).name == "torch"
+    with pytest.raises(
+        ConfigError, match=r"it takes torch\.float32, torch\.bfloat16, torch\.float16, not torch\.float64"
+    ):
+        resolve("causal_attention", "cuda", torch.float64, name)
+    with pytest.raises(ConfigError, match=f"kernels={name} cannot run .*: it runs on cuda, not on cpu"):
+        resolve("softmax_cross_entropy", "cpu", torch.float32, name)
+
+
+@pytest.mark.parametrize(
+    ("built", "gpus", "reason"),
+    [
+        (native.Native(None, "nobody built them"), [(9, 0)], "nobody built them"),
+        (native.Native(ModuleType("kernels"), None), [], "torch sees no CUDA GPU"),
+        (native.Native(ModuleType("kernels"), None), [(9, 0), (7, 5)], "the GPU has compute capability 7.5, .* 8.0"),
+        (native.Native(ModuleType("kernels"), None), [(8, 0), (12, 0)], None),
+    ],
+)
+def test_why_the_cuda_kernels_cannot_run(
+    monkeypatch: pytest.MonkeyPatch, built: native.Native, gpus: list[tuple[int, int]], reason: str | None
+) -> None:
+    monkeypatch.setattr(native, "load_cuda", lambda: built)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(gpus))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=0: gpus[index])
+    problem = cuda.problem()
+    assert problem is None if reason is None else re.search(reason, str(problem))
 
 
 def test_the_last_entry_serves_everything() -> None:

@@ -1,0 +1,71 @@
+// Causal attention on the GPU, forward and backward: what a caller needs to know. Torch-free, plain C++ (no CUDA
+// compiler needed to include it); attention.cu implements it. The mathematics, the alignment of queries with keys, and
+// the dropout mask are those of chargpt/kernels/reference.py.
+//
+// Nothing here allocates or synchronises. All pointers are device memory of the current device; work is queued on
+// `stream`. What is returned is the first error of a launch, cudaSuccess otherwise.
+
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "dtype.h"
+
+namespace chargpt::cuda {
+
+// A tensor of shape (batch, heads, time, D) whose last dimension is contiguous. Strides count elements, and may be
+// zero or negative. An element is of the DType of the call. Any address and stride will do; where they are multiples
+// of 16 bytes, and D of 8 elements, copies are as wide.
+struct View {
+  const void* data;
+  int64_t batch_stride, head_stride, time_stride;
+};
+struct MutableView {
+  void* data;
+  int64_t batch_stride, head_stride, time_stride;
+};
+
+struct AttentionShape {
+  int64_t B, H, H_kv;  // query head h reads key and value head h / (H / H_kv); H is a multiple of H_kv, H_kv ≥ 1
+  int64_t T, S;        // queries and keys, S ≥ T; query i sits at position S - T + i and sees keys up to there
+  int64_t D;           // channels, 1 ≤ D ≤ kMaxHeadSize
+};
+inline constexpr int64_t kMaxHeadSize = 256;
+
+struct AttentionOptions {
+  double scale = 1.0;      // factor on q·k
+  int64_t window = 0;      // each query sees only its last `window` keys, itself included; 0: all
+  bool dropout = false;    // the two fields below count only where this is true
+  double dropout_p = 0.0;  // in [0, 1)
+  uint64_t seed = 0;       // the int64 seed of philox.dropout_keep_mask, reinterpreted
+};
+
+// Fills out (B, H, T, D), of any strides, and lse (B, H, T), contiguous, natural logarithm. All elements are written;
+// nothing has to be initialised. out must not overlap q, k or v. Every size of `shape` but H_kv and D may be 0.
+[[nodiscard]] cudaError_t attention_forward(DType dtype, const AttentionShape& shape, const AttentionOptions& options,
+                                            const View& q,  // (B, H, T, D)
+                                            const View& k,  // (B, H_kv, S, D)
+                                            const View& v,  // (B, H_kv, S, D)
+                                            const MutableView& out, float* lse, cudaStream_t stream);
+
+// Bytes of device memory, at a multiple of 16, that attention_backward writes intermediate results to.
+[[nodiscard]] size_t attention_backward_workspace(DType dtype, const AttentionShape& shape);
+
+// Fills dq (B, H, T, D), dk and dv (B, H_kv, S, D), each of any strides, so that they may be views of one packed
+// (B, T, 3, H, D) buffer. All elements are written, those of keys that no query sees with 0. They must not overlap
+// each other or the inputs. dout has any strides too, 0 included (an expanded gradient).
+// dlse: (B, H, T) contiguous: the gradient that flows into lse; nullptr: none.
+// workspace: attention_backward_workspace() bytes, uninitialised, free again when the stream has got this far.
+// Bitwise deterministic: no atomics, and every sum has one order.
+[[nodiscard]] cudaError_t attention_backward(DType dtype, const AttentionShape& shape, const AttentionOptions& options,
+                                             const View& dout,  // (B, H, T, D)
+                                             const View& q, const View& k, const View& v,
+                                             const View& out,  // as the forward made it, any strides
+                                             const float* lse, const float* dlse, const MutableView& dq,
+                                             const MutableView& dk, const MutableView& dv, void* workspace,
+                                             cudaStream_t stream);
+
+}  // namespace chargpt::cuda

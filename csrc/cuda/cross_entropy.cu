@@ -1,0 +1,546 @@
+// Softmax cross-entropy, loss and gradient, with one read of the logits and one write of the gradient.
+//
+// For a row x of V logits with target y, smoothing e, z-loss weight z and a factor s on its loss:
+//   m = max x,  S = sum exp(x - m),  lse = m + log S
+//   loss       = (1 - e) (lse - x_y) + e (lse - mean x) + z lse^2
+//   gradient_j = s [(1 + 2 z lse) exp(x_j - m) / S - e / V - (1 - e) (j == y)]
+// With softcap c the x above are c tanh(logit / c), and gradient_j gains the factor 1 - (x_j / c)^2. Exponentials are
+// 2^((x - m) log2 e), the difference taken first: it is exact where it matters, however large the logits are.
+//
+// Between the sums and the gradient a row has to be kept somewhere. By length, in chunks of 16 bytes (row.cuh):
+//   up to 256      short_rows: in registers, 8 or 32 lanes for a row. At V = 65 the rows that a warp reads together lie
+//                  side by side, so it reads whole cache lines although each row starts at an odd element.
+//   more           long_rows, resident: in shared memory, one block for a row, maximum and sum in one sweep (the sum is
+//                  rescaled when the maximum grows; Milakov & Gimelshein 2018). A block goes through many rows, and each
+//                  thread asks for its chunks of the next row as soon as it has used those of this one, so reading goes
+//                  on while the gradient is written. V = 50257 takes 98 KiB in bfloat16, two blocks on a multiprocessor
+//                  of an H100 (228 KiB), and 196 KiB in float32, one.
+//   what does not  long_rows, not resident: nowhere. The second sweep reads the row again, from the L2 cache as far as
+//   fit there      it goes: at V = 128256 in bfloat16, 132 rows of 257 KB. Without a gradient there is one sweep.
+// The backward that gets the sums is one sweep over the row in any layout. Means divide by the number of rows that are
+// not ignored, which a block counts first; losses are added by one block at the end: nobody waits for the GPU.
+
+#include "cross_entropy.h"
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <limits>
+
+#include "launch.cuh"
+#include "mma.cuh"
+#include "reduce.cuh"
+#include "row.cuh"
+
+namespace chargpt::cuda {
+namespace {
+
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr int kMostThreads = 1024;   // of a block
+constexpr int kShortThreads = 256;   // of a block of short_rows, gradients and scale
+constexpr int kSpan = 8192;          // elements that a block of scale has
+constexpr int kIgnored = -2, kOutOfRange = -1;  // targets
+
+template <class T>
+struct Problem {
+  const T* logits;  // (N, V)
+  int64_t N, row_stride;
+  int V;
+  const int64_t* targets;  // (N)
+  int64_t ignore_index;
+  float smoothing, z_loss, softcap;
+  const int64_t* count;     // losses are divided by this; nullptr: by nothing
+  const float* upstream;    // what flows into the loss; nullptr: 1
+  int64_t upstream_stride;  // from row to row
+  float *losses, *maxima, *sums;  // (N)
+  T* gradient;                    // (N, V); nullptr: not wanted
+
+  __device__ const T* row(int64_t i) const { return logits + i * row_stride; }
+  __device__ T* gradient_row(int64_t i) const { return gradient + i * V; }
+
+  __device__ int target(int64_t i) const {
+    const int64_t y = targets[i];
+    return y == ignore_index ? kIgnored : y >= 0 && y < V ? static_cast<int>(y) : kOutOfRange;
+  }
+  __device__ float capped(float x) const { return softcap > 0 ? softcap * tanhf(x / softcap) : x; }
+  __device__ float target_logit(int64_t i, int target) const {  // NaN makes a NaN of the loss
+    return target < 0 ? NAN : capped(widen(row(i)[target]));
+  }
+  __device__ float scale(int64_t i) const {
+    const float divided = count != nullptr ? 1.0f / static_cast<float>(max(*count, int64_t{1})) : 1.0f;
+    return upstream != nullptr ? divided * upstream[i * upstream_stride] : divided;
+  }
+};
+
+__device__ float exponential(float x) { return exp2_approx(x * kLog2e); }
+
+// ---- The sums over a row -------------------------------------------------------------------------------------------
+
+struct Sums {
+  float maximum;  // m
+  float sum;      // of exp(x - m)
+  float shifted;  // of x - pivot, for label smoothing
+};
+
+// Sums of one row, and those of the next, while a slow warp still reads the first. A multiple of 16.
+constexpr size_t kScratchBytes = 2 * kWarp * sizeof(Sums);
+
+__device__ Sums no_sums() { return {-INFINITY, 0.0f, 0.0f}; }
+
+// -inf - -inf would be NaN; exp(-inf - 0) is the right 0.
+__device__ float subtrahend(float maximum) { return maximum == -INFINITY ? 0.0f : maximum; }
+
+struct Merge {
+  __device__ Sums operator()(const Sums& a, const Sums& b) const {
+    const float maximum = fmaxf(a.maximum, b.maximum), base = subtrahend(maximum);
+    return {maximum, a.sum * exponential(a.maximum - base) + b.sum * exponential(b.maximum - base),
+            a.shifted + b.shifted};
+  }
+};
+
+// A finite number near the logits, or among them: subtracting it saves the digits that logits have in common.
+__device__ float pivot_at(float target_logit) { return isfinite(target_logit) ? target_logit : 0.0f; }
+
+template <class T, int n>
+__device__ void add(Sums& sums, const Problem<T>& problem, float (&x)[n], float pivot) {
+  if (problem.softcap > 0) {
+#pragma unroll
+    for (int e = 0; e < n; ++e) x[e] = problem.capped(x[e]);
+  }
+  float maximum = sums.maximum;
+#pragma unroll
+  for (int e = 0; e < n; ++e) maximum = fmaxf(maximum, x[e]);
+  const float base = subtrahend(maximum);
+  sums.sum *= exponential(sums.maximum - base);
+  sums.maximum = maximum;
+#pragma unroll
+  for (int e = 0; e < n; ++e) sums.sum += exponential(x[e] - base);
+  if (problem.smoothing > 0) {
+#pragma unroll
+    for (int e = 0; e < n; ++e) sums.shifted += x[e] - pivot;
+  }
+}
+
+template <class T>
+__device__ void add_chunk(Sums& sums, const Problem<T>& problem, const uint4& chunk, float pivot) {
+  float x[kChunk<T>];
+  widen<T>(chunk, x);
+  add(sums, problem, x, pivot);
+}
+template <class T>
+__device__ void add_edge(Sums& sums, const Problem<T>& problem, float edge, float pivot) {
+  float x[1] = {edge};
+  add(sums, problem, x, pivot);
+}
+
+// Writes what is kept of a row, and its loss.
+template <class T>
+__device__ void finish_row(const Problem<T>& problem, int64_t i, int target, const Sums& sums, float pivot,
+                           float target_logit) {
+  if (target == kIgnored) {
+    problem.losses[i] = 0;
+    return;
+  }
+  const float log_sum = logf(sums.sum), lse = sums.maximum + log_sum;
+  float loss = (1 - problem.smoothing) * (log_sum + (sums.maximum - target_logit));
+  if (problem.smoothing > 0) {
+    const float mean = sums.shifted / static_cast<float>(problem.V) + (pivot - sums.maximum);  // of x - m
+    loss += problem.smoothing * (log_sum - mean);
+  }
+  if (problem.z_loss > 0) loss += problem.z_loss * lse * lse;
+  problem.losses[i] = loss;
+  problem.maxima[i] = sums.maximum;
+  problem.sums[i] = sums.sum;
+}
+
+// ---- The gradient of a row -----------------------------------------------------------------------------------------
+
+template <class T>
+struct GradientRow {
+  const Problem<T>& problem;
+  T* out;
+  float maximum, softmax, everywhere;  // the gradient is exp(x - maximum) * softmax + everywhere, but at the target
+  float at_target;
+  int target;
+  bool in_chunks;  // whether the logits' chunks are chunks here too
+
+  __device__ GradientRow(const Problem<T>& problem, int64_t i, int target, float maximum, float sum, float target_logit)
+      : problem(problem), out(problem.gradient_row(i)), maximum(maximum), target(target) {
+    const float scale = target == kOutOfRange ? NAN : problem.scale(i), lse = maximum + logf(sum);
+    const float even = problem.smoothing / static_cast<float>(problem.V), z_term = 2 * problem.z_loss * lse;
+    softmax = scale * (1 + z_term) / sum;
+    everywhere = -scale * even;
+    // What nearly cancels, p - 1, is subtracted first.
+    const float p = exponential(target_logit - maximum) / sum, wanted = (1 - problem.smoothing) + even;
+    at_target = scale * ((p - wanted) + z_term * p) * softcap_factor(target_logit);
+    in_chunks = cut_alike(problem.row(i), out);
+  }
+
+  __device__ float softcap_factor(float x) const {
+    const float t = problem.softcap > 0 ? x / problem.softcap : 0.0f;
+    return 1 - t * t;
+  }
+  __device__ float uncapped(float x) const { return exponential(x - maximum) * softmax + everywhere; }
+
+  // Turns logits into the gradient at them, were none the target's.
+  template <int n>
+  __device__ void differentiate(float (&x)[n]) const {
+    if (problem.softcap > 0) {
+#pragma unroll
+      for (int e = 0; e < n; ++e) {
+        const float capped = problem.capped(x[e]);
+        x[e] = uncapped(capped) * softcap_factor(capped);
+      }
+    } else {
+#pragma unroll
+      for (int e = 0; e < n; ++e) x[e] = uncapped(x[e]);
+    }
+  }
+
+  // The element at the target is written twice, by the same thread.
+  __device__ void put_chunk(int begin, const uint4& logits) const {
+    float x[kChunk<T>];
+    widen<T>(logits, x);
+    differentiate(x);
+    store(out + begin, x, in_chunks);
+    if (static_cast<unsigned>(target - begin) < kChunk<T>) out[target] = narrow<T>(at_target);
+  }
+  __device__ void put_edge(int j, float logit) const {
+    float x[1] = {logit};
+    differentiate(x);
+    out[j] = narrow<T>(j == target ? at_target : x[0]);
+  }
+};
+
+// The gradient of an ignored row, by `lanes` threads.
+template <class T>
+__device__ void put_zeros(T* out, int V, int lane, int lanes) {
+  const Row<T> row(out, V);
+  for (int c = lane; c < row.chunks; c += lanes) store_chunk(out + row.chunk_at(c), make_uint4(0, 0, 0, 0));
+  for (int e = lane; e < row.edges; e += lanes) out[row.edge_at(e)] = narrow<T>(0.0f);
+}
+
+// ---- Kernels -------------------------------------------------------------------------------------------------------
+
+// kLanes lanes for a row, each with up to kChunks chunks in registers.
+// budget: short_rows registers<=80 shared<=0
+template <class T, int kLanes, int kChunks>
+__global__ void __launch_bounds__(kShortThreads) short_rows(const Problem<T> problem) {
+  constexpr int kEdges = (kMostEdges<T> + kLanes - 1) / kLanes;
+  const int64_t i = int64_t{blockIdx.x} * (kShortThreads / kLanes) + threadIdx.x / kLanes;
+  const int lane = static_cast<int>(threadIdx.x) % kLanes;
+  const int target = i < problem.N ? problem.target(i) : kIgnored;
+  // Ignored rows, and those after the last one, have no elements: their lanes only come along.
+  const Row<T> row(problem.row(i), target == kIgnored ? 0 : problem.V);
+
+  uint4 chunks[kChunks];
+  float edges[kEdges] = {};
+#pragma unroll
+  for (int c = 0; c < kChunks; ++c) {
+    if (lane + c * kLanes < row.chunks) chunks[c] = __ldg(row.chunk(lane + c * kLanes));
+  }
+#pragma unroll
+  for (int e = 0; e < kEdges; ++e) {
+    if (lane + e * kLanes < row.edges) edges[e] = row.edge(lane + e * kLanes);
+  }
+  const float target_logit = problem.target_logit(i, target), pivot = pivot_at(target_logit);
+
+  Sums sums = no_sums();
+#pragma unroll
+  for (int c = 0; c < kChunks; ++c) {
+    if (lane + c * kLanes < row.chunks) add_chunk(sums, problem, chunks[c], pivot);
+  }
+#pragma unroll
+  for (int e = 0; e < kEdges; ++e) {
+    if (lane + e * kLanes < row.edges) add_edge(sums, problem, edges[e], pivot);
+  }
+  sums = reduce_lanes<kLanes>(sums, Merge{});
+
+  if (i >= problem.N) return;
+  if (lane == 0) finish_row(problem, i, target, sums, pivot, target_logit);
+  if (problem.gradient == nullptr) return;
+  if (target == kIgnored) return put_zeros(problem.gradient_row(i), problem.V, lane, kLanes);
+  const GradientRow<T> gradient(problem, i, target, sums.maximum, sums.sum, target_logit);
+#pragma unroll
+  for (int c = 0; c < kChunks; ++c) {
+    if (lane + c * kLanes < row.chunks) gradient.put_chunk(row.chunk_at(lane + c * kLanes), chunks[c]);
+  }
+#pragma unroll
+  for (int e = 0; e < kEdges; ++e) {
+    if (lane + e * kLanes < row.edges) gradient.put_edge(row.edge_at(lane + e * kLanes), edges[e]);
+  }
+}
+
+// A block for a row, kResident: kept in shared memory, chunk c at held[c], where its thread alone looks. So no barrier
+// is needed before the thread, which has the values in registers by then, asks for the next row's chunk in their place.
+// budget: long_rows registers<=64 shared<=0
+template <class T, bool kResident>
+__global__ void __launch_bounds__(kMostThreads) long_rows(const Problem<T> problem) {
+  Sums* scratch = reinterpret_cast<Sums*>(dynamic_shared());  // (2, kWarp)
+  uint4* const held = reinterpret_cast<uint4*>(dynamic_shared() + kScratchBytes);
+  const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+  const auto target_of = [&](int64_t i) { return i < problem.N ? problem.target(i) : kIgnored; };
+  const auto row_of = [&](int64_t i, int target) {  // of nothing where there is nothing to do
+    return Row<T>(problem.row(i), target == kIgnored ? 0 : problem.V);
+  };
+
+  int target = target_of(blockIdx.x);
+  Row<T> row = row_of(blockIdx.x, target);
+  if (kResident) {
+    for (int c = thread; c < row.chunks; c += threads) cp_async_16(held + c, row.chunk(c), true);
+    cp_async_commit();
+  }
+  for (int64_t i = blockIdx.x, next = i + gridDim.x; i < problem.N; i = next, next += gridDim.x) {
+    const int next_target = target_of(next);
+    const Row<T> next_row = row_of(next, next_target);
+    const float target_logit = problem.target_logit(i, target), pivot = pivot_at(target_logit);
+    const float edge = thread < row.edges ? row.edge(thread) : 0.0f;
+
+    Sums sums = no_sums();
+    if (kResident) cp_async_wait<0>();
+#pragma unroll 4
+    for (int c = thread; c < row.chunks; c += threads) {
+      add_chunk(sums, problem, kResident ? held[c] : __ldg(row.chunk(c)), pivot);
+    }
+    if (thread < row.edges) add_edge(sums, problem, edge, pivot);
+    sums = reduce_block(sums, no_sums(), scratch, Merge{});
+    scratch += scratch == reinterpret_cast<Sums*>(dynamic_shared()) ? kWarp : -kWarp;
+    if (thread == 0) finish_row(problem, i, target, sums, pivot, target_logit);
+
+    if (problem.gradient != nullptr) {
+      const GradientRow<T> gradient(problem, i, target, sums.maximum, sums.sum, target_logit);
+      if (target == kIgnored) put_zeros(gradient.out, problem.V, thread, threads);
+      if (thread < row.edges) gradient.put_edge(row.edge_at(thread), edge);
+#pragma unroll 4
+      for (int c = thread; c < max(row.chunks, kResident ? next_row.chunks : 0); c += threads) {
+        if (c < row.chunks) gradient.put_chunk(row.chunk_at(c), kResident ? held[c] : __ldg(row.chunk(c)));
+        if (kResident && c < next_row.chunks) cp_async_16(held + c, next_row.chunk(c), true);
+      }
+      if (kResident) cp_async_commit();
+    }
+    row = next_row;
+    target = next_target;
+  }
+}
+
+// The backward, where the forward has left maxima and sums: `lanes` threads, a power of two, for a row.
+// budget: gradients registers<=64 shared<=0
+template <class T>
+__global__ void __launch_bounds__(kShortThreads) gradients(const Problem<T> problem, int lanes) {
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % lanes;
+  const int64_t i = int64_t{blockIdx.x} * (kShortThreads / lanes) + thread / lanes;
+  if (i >= problem.N) return;
+  const int target = problem.target(i);
+  if (target == kIgnored) return put_zeros(problem.gradient_row(i), problem.V, lane, lanes);
+  const Row<T> row(problem.row(i), problem.V);
+  const GradientRow<T> gradient(problem, i, target, problem.maxima[i], problem.sums[i],
+                                problem.target_logit(i, target));
+#pragma unroll 4
+  for (int c = lane; c < row.chunks; c += lanes) gradient.put_chunk(row.chunk_at(c), __ldg(row.chunk(c)));
+  for (int e = lane; e < row.edges; e += lanes) gradient.put_edge(row.edge_at(e), row.edge(e));
+}
+
+struct Add {
+  template <class N>
+  __device__ N operator()(N a, N b) const {
+    return a + b;
+  }
+};
+
+// One block: the number of rows that are not ignored.
+// budget: count_rows registers<=32 shared<=0
+__global__ void __launch_bounds__(kMostThreads) count_rows(const int64_t* targets, int64_t N, int64_t ignore_index,
+                                                           int64_t* count) {
+  int64_t mine = 0;
+#pragma unroll 4
+  for (int64_t i = threadIdx.x; i < N; i += kMostThreads) mine += targets[i] != ignore_index ? 1 : 0;
+  mine = reduce_block(mine, int64_t{0}, reinterpret_cast<int64_t*>(dynamic_shared()), Add{});
+  if (threadIdx.x == 0) *count = mine;
+}
+
+// One block: the sum of the losses, divided by *count, at least 1, unless it is nullptr.
+// budget: sum_losses registers<=32 shared<=0
+__global__ void __launch_bounds__(kMostThreads) sum_losses(const float* losses, int64_t N, const int64_t* count,
+                                                           float* loss) {
+  double mine = 0;
+#pragma unroll 4
+  for (int64_t i = threadIdx.x; i < N; i += kMostThreads) mine += losses[i];
+  mine = reduce_block(mine, 0.0, reinterpret_cast<double*>(dynamic_shared()), Add{});
+  if (threadIdx.x == 0) *loss = static_cast<float>(count != nullptr ? mine / max(*count, int64_t{1}) : mine);
+}
+
+// budget: scale registers<=32 shared<=0
+template <class T>
+__global__ void __launch_bounds__(kShortThreads) scale(T* x, int64_t count, const float* factor) {
+  const float by = *factor;
+  if (by == 1) return;
+  T* const span = x + int64_t{blockIdx.x} * kSpan;
+  const Row<T> row(span, static_cast<int>(min(int64_t{kSpan}, count - int64_t{blockIdx.x} * kSpan)));
+  for (int c = static_cast<int>(threadIdx.x); c < row.chunks; c += kShortThreads) {
+    float values[kChunk<T>];
+    widen<T>(*row.chunk(c), values);
+#pragma unroll
+    for (float& value : values) value *= by;
+    store(span + row.chunk_at(c), values, true);
+  }
+  const int e = static_cast<int>(threadIdx.x);
+  if (e < row.edges) span[row.edge_at(e)] = narrow<T>(widen(span[row.edge_at(e)]) * by);
+}
+
+// ---- Launching -----------------------------------------------------------------------------------------------------
+
+constexpr int64_t kMostBlocks = 0x7fffffff;
+
+unsigned blocks_for(int64_t items, int64_t per_block) {
+  return static_cast<unsigned>((items + per_block - 1) / per_block);
+}
+
+template <class T, int kLanes, int kChunks>
+cudaError_t launch_short(const Problem<T>& problem, cudaStream_t stream) {
+  const unsigned blocks = blocks_for(problem.N, kShortThreads / kLanes);
+  return launch(short_rows<T, kLanes, kChunks>, dim3(blocks), dim3(kShortThreads), 0, stream, problem);
+}
+
+template <class T>
+cudaError_t launch_long(const Problem<T>& problem, cudaStream_t stream) {
+  const unsigned chunks = static_cast<unsigned>(problem.V / kChunk<T>);
+  // Eight chunks for a thread: enough work between two reductions, and 64 or 128 KiB of a row for a block on its way.
+  // Reasoned, not measured.
+  const unsigned threads = std::clamp(std::bit_floor(chunks / 8), 128u, unsigned{kMostThreads});
+  const size_t bytes = kScratchBytes + size_t{chunks} * sizeof(uint4);
+  int device = 0, multiprocessors = 0, most_shared = 0, all_shared = 0;
+  for (const cudaError_t error : {
+           cudaGetDevice(&device),
+           cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
+           cudaDeviceGetAttribute(&most_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+           cudaDeviceGetAttribute(&all_shared, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device),
+       }) {
+    if (error != cudaSuccess) return error;
+  }
+  if (problem.gradient == nullptr || bytes > static_cast<size_t>(most_shared)) {
+    const unsigned blocks = static_cast<unsigned>(std::min(problem.N, kMostBlocks));
+    return launch(long_rows<T, false>, dim3(blocks), dim3(threads), kScratchBytes, stream, problem);
+  }
+  // As many blocks as run at once. Each also takes 1 KiB of the system's, and its threads 64 registers of 65536.
+  const int64_t by_shared = static_cast<int64_t>(static_cast<size_t>(all_shared) / (bytes + 1024));
+  const int64_t at_once = std::max<int64_t>(1, std::min<int64_t>(by_shared, 1024 / threads));
+  const unsigned blocks = static_cast<unsigned>(std::min(problem.N, multiprocessors * at_once));
+  return launch(long_rows<T, true>, dim3(blocks), dim3(threads), bytes, stream, problem);
+}
+
+template <class T>
+cudaError_t launch_rows(const Problem<T>& problem, cudaStream_t stream) {
+  const int chunks = problem.V / kChunk<T>;
+  if (chunks <= 8 * 2) return launch_short<T, 8, 2>(problem, stream);
+  if (chunks <= 32 * 2) return launch_short<T, 32, 2>(problem, stream);
+  if (chunks <= 32 * 8) return launch_short<T, 32, 8>(problem, stream);
+  return launch_long(problem, stream);
+}
+
+template <class T>
+cudaError_t launch_gradients(const Problem<T>& problem, cudaStream_t stream) {
+  const unsigned chunks = static_cast<unsigned>(problem.V / kChunk<T>);
+  const unsigned lanes = std::clamp(std::bit_floor(chunks / 4), 8u, unsigned{kShortThreads});
+  const unsigned blocks = blocks_for(problem.N, kShortThreads / lanes);
+  return launch(gradients<T>, dim3(blocks), dim3(kShortThreads), 0, stream, problem, static_cast<int>(lanes));
+}
+
+template <class T>
+Problem<T> problem_of(const CrossEntropy& given, float* losses, float* normalisers, void* gradient, int64_t* count) {
+  return {
+      .logits = static_cast<const T*>(given.logits),
+      .N = given.N,
+      .row_stride = given.row_stride,
+      .V = static_cast<int>(given.V),
+      .targets = given.targets,
+      .ignore_index = given.options.ignore_index,
+      .smoothing = static_cast<float>(given.options.label_smoothing),
+      .z_loss = static_cast<float>(given.options.z_loss),
+      .softcap = static_cast<float>(given.options.softcap),
+      .count = count,
+      .upstream = nullptr,
+      .upstream_stride = given.reduction == Reduction::kNone ? 1 : 0,
+      .losses = losses,
+      .maxima = normalisers,
+      .sums = normalisers + given.N,
+      .gradient = static_cast<T*>(gradient),
+  };
+}
+
+template <class F>
+cudaError_t for_type(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::kFloat32: return f(float{});
+    case DType::kFloat16: return f(__half{});
+    case DType::kBFloat16: return f(__nv_bfloat16{});
+  }
+  return cudaErrorInvalidValue;
+}
+
+bool valid(const CrossEntropy& problem) {
+  return problem.V >= 1 && problem.V <= std::numeric_limits<int>::max() && problem.N >= 0 && problem.N <= kMostBlocks;
+}
+
+// The workspace: the count in its first 16 bytes, and the losses that will be summed.
+constexpr size_t kCountBytes = 16;
+
+// Queues the counting that a mean needs. Returns where the count will be, nullptr for other reductions.
+int64_t* count_where(const CrossEntropy& problem, void* workspace) {
+  return problem.reduction == Reduction::kMean ? static_cast<int64_t*>(workspace) : nullptr;
+}
+cudaError_t launch_count(const CrossEntropy& problem, int64_t* count, cudaStream_t stream) {
+  if (count == nullptr) return cudaSuccess;
+  return launch(count_rows, dim3(1), dim3(kMostThreads), kWarp * sizeof(int64_t), stream, problem.targets, problem.N,
+                problem.options.ignore_index, count);
+}
+
+}  // namespace
+
+size_t cross_entropy_workspace(const CrossEntropy& problem) {
+  if (problem.reduction == Reduction::kNone) return 0;
+  return kCountBytes + static_cast<size_t>(problem.N) * sizeof(float);
+}
+
+cudaError_t cross_entropy_forward(const CrossEntropy& problem, float* loss, float* normalisers, void* gradient,
+                                  void* workspace, cudaStream_t stream) {
+  if (!valid(problem)) return cudaErrorInvalidValue;
+  int64_t* const count = count_where(problem, workspace);
+  const bool reduced = problem.reduction != Reduction::kNone;
+  float* const losses =
+      reduced ? reinterpret_cast<float*>(static_cast<char*>(workspace) + kCountBytes) : loss;
+  cudaError_t error = launch_count(problem, count, stream);
+  if (error == cudaSuccess && problem.N > 0) {
+    error = for_type(problem.dtype, [&](auto element) {
+      return launch_rows(problem_of<decltype(element)>(problem, losses, normalisers, gradient, count), stream);
+    });
+  }
+  if (error != cudaSuccess || !reduced) return error;
+  return launch(sum_losses, dim3(1), dim3(kMostThreads), kWarp * sizeof(double), stream, losses, problem.N, count, loss);
+}
+
+cudaError_t cross_entropy_backward(const CrossEntropy& problem, const float* loss_gradient, const float* normalisers,
+                                   void* gradient, void* workspace, cudaStream_t stream) {
+  if (!valid(problem)) return cudaErrorInvalidValue;
+  if (problem.N == 0) return cudaSuccess;
+  int64_t* const count = count_where(problem, workspace);
+  const cudaError_t error = launch_count(problem, count, stream);
+  if (error != cudaSuccess) return error;
+  return for_type(problem.dtype, [&](auto element) {
+    auto typed = problem_of<decltype(element)>(problem, nullptr, const_cast<float*>(normalisers), gradient, count);
+    typed.upstream = loss_gradient;
+    return launch_gradients(typed, stream);
+  });
+}
+
+cudaError_t cross_entropy_scale_gradient(DType dtype, void* gradient, int64_t count, const float* factor,
+                                         cudaStream_t stream) {
+  if (count < 0 || count > kMostBlocks * kSpan) return cudaErrorInvalidValue;
+  if (count == 0) return cudaSuccess;
+  return for_type(dtype, [&](auto element) {
+    using T = decltype(element);
+    return launch(scale<T>, dim3(blocks_for(count, kSpan)), dim3(kShortThreads), 0, stream, static_cast<T*>(gradient),
+                  count, factor);
+  });
+}
+
+}  // namespace chargpt::cuda

@@ -1,0 +1,465 @@
+"""Everything that must hold for an implementation on a device: the shared list of cases, and what only a GPU can show.
+
+A check is a name and a function that says what is wrong, so that pytest can assert that nothing is, and `make gpu` can
+run all of them where there is no pytest and report every failure. Truth is the reference in float64 on the same
+device; how close an implementation must come to it is the rule in `kernels/cases.py`.
+"""
+
+import contextlib
+import dataclasses
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from kernels.cases import (
+    ATTENTION_CASES,
+    CROSS_ENTROPY_CASES,
+    DRAWS,
+    AttentionCase,
+    CrossEntropyCase,
+    assert_as_right_as_torch,
+    implementations,
+    torch_attention,
+    torch_cross_entropy,
+)
+from torch import Tensor
+
+from chargpt.kernels import causal_attention, softmax_cross_entropy
+from chargpt.kernels.philox import dropout_keep_mask
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+SEED = 2024
+
+# Sizes that fill a GPU with blocks, and head sizes and lengths at the edges of its tiles.
+LARGE_ATTENTION_CASES = [
+    AttentionCase("model_T256", B=8, H=6, T=256, D=64, packed=True),
+    AttentionCase("model_T256_dropout", B=8, H=6, T=256, D=64, packed=True, options={"dropout_p": 0.2}),
+    AttentionCase("gpt2_T1024", B=2, H=12, T=1024, D=64, packed=True),
+    AttentionCase("T4096_D128", B=1, H=4, T=4096, D=128),
+    *(AttentionCase(f"T{T}_D{D}", B=1, H=3, T=T, D=D) for D in (32, 64, 128) for T in (127, 129, 511, 513)),
+    *(AttentionCase(f"T200_D{D}", B=1, T=200, D=D) for D in (24, 48, 72, 96, 160, 192)),
+    AttentionCase("grouped_T300_D128", B=2, H=32, H_kv=8, T=300, D=128),
+    AttentionCase("window_T1000", B=1, H=4, T=1000, D=64, options={"window": 100, "dropout_p": 0.1}),
+    AttentionCase("one_query_of_4000", H=8, H_kv=2, T=1, S=4000, D=64),
+    AttentionCase("many_heads", B=66_000, H=1, T=3, D=16),  # more than 65,535, which is the most in a grid's y and z
+]
+LARGE_CROSS_ENTROPY_CASES = [
+    CrossEntropyCase("rows_100000_V65", shape=(100_000,), V=65, ignored=0.1),
+    CrossEntropyCase("rows_70000_V3", shape=(70_000,), V=3),
+    *(CrossEntropyCase(f"rows_500_V{V}", shape=(500,), V=V, ignored=0.1) for V in (32_000, 50_257, 50_304, 128_256)),
+    CrossEntropyCase("rows_100_V300000", shape=(100,), V=300_000),  # no block holds such a row
+]
+
+
+class SkippedError(Exception):
+    """Why a check cannot be made here."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that must hold for one implementation."""
+
+    name: str
+    operation: str
+    impl: str
+    dtype: str
+    family: str  # checks of one family run the same compiled kernels
+    problems: Callable[[], list[str]]  # what is wrong, nothing when all is right. Raises SkippedError
+
+    def __str__(self) -> str:
+        return f"{self.operation} {self.impl} {self.dtype} {self.name}"
+
+
+def all_checks(device: str, impls: Iterable[str] | None = None, small: bool = False) -> list[Check]:
+    """Every check of every implementation that runs on `device`, or of those in `impls`.
+
+    small: large cases shrink, and what needs a GPU or gigabytes is left out, so that a CPU walks through all the rest
+    """
+    checks = []
+    for impl, dtype in implementations("causal_attention", *DTYPES, device=device):
+        if impls is not None and impl not in impls:
+            continue
+        checks += [
+            _check(case.name, "causal_attention", impl, dtype, case.D, attention_problems, case, device)
+            for case in ATTENTION_CASES
+        ]
+        checks += [
+            _check(case.name, "causal_attention", impl, dtype, case.D, attention_problems, case, device, _draws(case))
+            for case in map(_shrink_attention if small else _same, LARGE_ATTENTION_CASES)
+        ]
+        checks += [
+            _check(f"dropout_mask_{mask}", "causal_attention", impl, dtype, mask.D, mask_problems, mask, device)
+            for mask in MASKS
+        ]
+    for impl, dtype in implementations("softmax_cross_entropy", *DTYPES, device=device):
+        if impls is not None and impl not in impls:
+            continue
+        checks += [
+            _check(case.name, "softmax_cross_entropy", impl, dtype, case.V, cross_entropy_problems, case, device)
+            for case in CROSS_ENTROPY_CASES
+        ]
+        checks += [
+            _check(case.name, "softmax_cross_entropy", impl, dtype, case.V, cross_entropy_problems, case, device, [0])
+            for case in map(_shrink_cross_entropy if small else _same, LARGE_CROSS_ENTROPY_CASES)
+        ]
+    around = {"compiles_into_one_graph": compile_problems}
+    if not small:
+        around |= {
+            "runs_on_the_current_stream": stream_problems,
+            "can_be_captured_in_a_graph": capture_problems,
+            "attention_beyond_2^31_elements": far_attention_problems,
+            "cross_entropy_beyond_2^31_elements": far_cross_entropy_problems,
+        }
+    for impl in implementations("causal_attention", device=device):
+        if impls is None or impl in impls:
+            checks += [
+                _check(name, "both operations", impl, torch.bfloat16, "both", problems, device)
+                for name, problems in around.items()
+            ]
+    return checks
+
+
+def _check(
+    name: str,
+    operation: str,
+    impl: str,
+    dtype: torch.dtype,
+    family: object,
+    problems: Callable[..., list[str]],
+    *arguments: Any,
+) -> Check:
+    short = str(dtype).removeprefix("torch.")
+    return Check(name, operation, impl, short, f"{impl} {short} {family}", partial(problems, impl, dtype, *arguments))
+
+
+def _draws(case: AttentionCase) -> range:
+    """One draw of a large case holds as many numbers as all those of a small one."""
+    return range(1) if case.B * case.H * case.T * case.D > 100_000 else DRAWS
+
+
+def _same(case: Any) -> Any:
+    return case
+
+
+def _shrink_attention(case: AttentionCase) -> AttentionCase:
+    S = None if case.S is None else -(-case.S // 16)
+    return dataclasses.replace(case, B=min(case.B, 2), T=-(-case.T // 16), S=S)
+
+
+def _shrink_cross_entropy(case: CrossEntropyCase) -> CrossEntropyCase:
+    return dataclasses.replace(case, shape=(case.shape[0] // 100,))
+
+
+# ------------------------------------------------------------------------------------------------------------- numerics
+
+
+def attention_problems(
+    impl: str, dtype: torch.dtype, case: AttentionCase, device: str, draws: Iterable[int] = DRAWS
+) -> list[str]:
+    """O, lse, dQ, dK and dV against the truth, and whether a second call gives the same bits."""
+    keep, dropout_p = None, case.options.get("dropout_p", 0.0)
+    if dropout_p > 0:
+        T, S = case.T, case.S or case.T
+        keep = dropout_keep_mask(_drawn_seed(), dropout_p, case.B * case.H, T, S, device).view(case.B, case.H, T, S)
+    triples: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in range(5)]
+    problems = []
+    for draw in draws:
+        inputs = case.inputs(dtype, draw, device)
+        got = _attend(inputs, impl, case.options)
+        if draw == 0 and not _same_bits(got, _attend(inputs, impl, case.options)):
+            problems.append("a second call gives other bits")
+        exact = tuple(x.detach().double().requires_grad_() for x in inputs)
+        outputs = causal_attention(*exact, generator=_generator(), return_lse=True, impl="torch", **case.options)
+        truth = (*outputs, *_attention_gradients(outputs, exact))
+        plain_out = torch_attention(*inputs, keep=keep, **case.options)[0]
+        plain_lse = torch_attention(*(x.float() for x in inputs), **case.options)[1]
+        plain = (plain_out, plain_lse, *_attention_gradients((plain_out, plain_lse), inputs))
+        for column, triple in zip(triples, zip(got, truth, plain, strict=True), strict=True):
+            column.append(tuple(x.detach() for x in triple))
+    for name, column in zip(("O", "lse", "dQ", "dK", "dV"), triples, strict=True):
+        problems += _judged(name, column)
+    return problems
+
+
+def cross_entropy_problems(
+    impl: str, dtype: torch.dtype, case: CrossEntropyCase, device: str, draws: Iterable[int] = DRAWS
+) -> list[str]:
+    """Loss and gradient against the truth, and whether a second call gives the same bits."""
+    losses, gradients, problems = [], [], []
+    for draw in draws:
+        logits, targets = case.inputs(dtype, draw, device)
+        got, gradient = _loss(logits, targets, impl, case.options)
+        if draw == 0 and not _same_bits((got, gradient), _loss(logits, targets, impl, case.options)):
+            problems.append("a second call gives other bits")
+        exact = logits.detach().double().requires_grad_()
+        truth = softmax_cross_entropy(exact, targets, impl="torch", **case.options)
+        plain = torch_cross_entropy(logits, targets, **case.options)
+        losses.append((got, truth.detach(), plain.detach()))
+        gradients.append((gradient, _loss_gradient(truth, exact), _loss_gradient(plain, logits)))
+    return problems + _judged("loss", losses) + _judged("gradient", gradients)
+
+
+def _judged(name: str, draws: list[tuple[Tensor, Tensor, Tensor]]) -> list[str]:
+    try:
+        assert_as_right_as_torch(name, draws)
+    except AssertionError as error:
+        return [str(error) or f"{name} is wrong"]
+    return []
+
+
+def _attend(inputs: tuple[Tensor, ...], impl: str, options: dict[str, Any]) -> tuple[Tensor, ...]:
+    """O, lse, dQ, dK and dV, from memory full of NaN, so that an element that nothing wrote is found."""
+    with poisoned_memory():
+        outputs = causal_attention(*inputs, generator=_generator(), return_lse=True, impl=impl, **options)
+        return *(x.detach() for x in outputs), *_attention_gradients(outputs, inputs)
+
+
+def _loss(logits: Tensor, targets: Tensor, impl: str, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    with poisoned_memory():
+        loss = softmax_cross_entropy(logits, targets, impl=impl, **options)
+        return loss.detach(), _loss_gradient(loss, logits)
+
+
+def _attention_gradients(outputs: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Of fixed random linear functions of O and lse, so that both contribute."""
+    weights = torch.Generator().manual_seed(7)
+    upstream = [torch.randn(x.shape, generator=weights, dtype=torch.float64).to(x) for x in outputs]
+    return torch.autograd.grad(outputs, inputs, upstream, allow_unused=True, materialize_grads=True)
+
+
+def _loss_gradient(loss: Tensor, logits: Tensor) -> Tensor:
+    upstream = torch.linspace(0.5, 2, loss.numel(), dtype=loss.dtype, device=loss.device).reshape(loss.shape)
+    return torch.autograd.grad(loss, logits, upstream)[0]
+
+
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Inside the block torch.empty gives NaN, which torch does in its deterministic mode."""
+    before = torch.are_deterministic_algorithms_enabled()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about operations of torch's own that have no deterministic form
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before)
+
+
+def _same_bits(xs: tuple[Tensor, ...], ys: tuple[Tensor, ...]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(xs, ys, strict=True))
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(SEED)
+
+
+def _drawn_seed() -> Tensor:
+    """The seed that causal_attention draws from `_generator()`; it has more than 32 bits."""
+    return torch.randint(2**63 - 1, (), generator=_generator())
+
+
+# --------------------------------------------------------------------------------------------------------- dropout mask
+
+
+@dataclass(frozen=True)
+class Mask:
+    B: int
+    H: int
+    T: int
+    S: int
+    D: int
+    dropout_p: float
+    window: int | None = None
+
+    def __str__(self) -> str:
+        return f"T{self.T}_S{self.S}_D{self.D}_p{self.dropout_p}"
+
+
+MASKS = [
+    Mask(2, 3, 64, 64, 64, 0.2),
+    Mask(1, 2, 130, 130, 32, 0.5),
+    Mask(2, 2, 37, 101, 128, 0.9),
+    Mask(1, 2, 300, 300, 64, 0.1, window=17),
+]
+
+
+def mask_problems(impl: str, dtype: torch.dtype, mask: Mask, device: str) -> list[str]:
+    """The weights that survive dropout, bit for bit, as the forward and the backward pass see them.
+
+    With q = k = 0 every visible weight is positive until it is dropped. Rows of an identity as values put D of the
+    weights of each query into O; as dO they put D of the weights of each key into dV.
+    """
+    B, H, T, S, D = mask.B, mask.H, mask.T, mask.S, mask.D
+    distance = torch.arange(S - T, S, device=device)[:, None] - torch.arange(S, device=device)
+    visible = (distance >= 0) & (distance < (mask.window or S))
+    kept = dropout_keep_mask(_drawn_seed(), mask.dropout_p, B * H, T, S, device).view(B, H, T, S) & visible
+    q, k = (torch.zeros(B, H, n, D, dtype=dtype, device=device) for n in (T, S))
+    options = {"dropout_p": mask.dropout_p, "window": mask.window, "impl": impl}
+    forward, backward = torch.zeros_like(kept), torch.zeros_like(kept)
+    for first in range(0, S, D):
+        v = _identity_rows(S, D, first, q).requires_grad_()
+        out = causal_attention(q, k, v, generator=_generator(), **options)
+        width = min(D, S - first)
+        forward[..., first : first + width] = out[..., :width] != 0
+    for first in range(0, T, D):
+        (dv,) = torch.autograd.grad(out, v, _identity_rows(T, D, first, q), retain_graph=True)  # (B, H, S, D)
+        width = min(D, T - first)
+        backward[:, :, first : first + width] = dv[..., :width].mT != 0
+    return [
+        f"the mask of the {name} pass differs from the rule at {int((got != kept).sum())} of {kept.numel()} weights"
+        for name, got in (("forward", forward), ("backward", backward))
+        if not torch.equal(got, kept)
+    ]
+
+
+def _identity_rows(rows: int, D: int, first: int, like: Tensor) -> Tensor:
+    """(B, H, rows, D), zero but for a one at (first + j, j)."""
+    numbers = torch.arange(rows, device=like.device)[:, None] - first == torch.arange(D, device=like.device)
+    return numbers.to(like.dtype).expand(*like.shape[:2], rows, D).contiguous()
+
+
+# ------------------------------------------------------------------------------------------- what surrounds the kernels
+
+
+def compile_problems(impl: str, dtype: torch.dtype, device: str) -> list[str]:
+    """Under torch.compile each operation is one graph, forward and backward, and gives what it gives without."""
+    q, k, v = AttentionCase("compile", H=4, H_kv=2, T=33, D=32).inputs(dtype, device=device)
+    logits, targets = CrossEntropyCase("compile", ignored=0.3).inputs(dtype, device=device)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return causal_attention(q, k, v, window=9, return_lse=True, impl=impl)
+
+    def lose(logits: Tensor, targets: Tensor) -> Tensor:
+        return softmax_cross_entropy(logits, targets, label_smoothing=0.1, impl=impl)
+
+    torch.compiler.reset()
+    # aot_eager traces forward and backward as inductor does, and generates no code
+    compiled_attend, compiled_lose = (torch.compile(f, fullgraph=True, backend="aot_eager") for f in (attend, lose))
+    problems = []
+    got, eager = compiled_attend(q, k, v), attend(q, k, v)
+    grads = (_attention_gradients(outputs, (q, k, v)) for outputs in (got, eager))
+    for name, x, y in zip(("O", "lse", "dQ", "dK", "dV"), (*got, *next(grads)), (*eager, *next(grads)), strict=True):
+        problems += _close(f"compiled {name}", x, y)
+    loss, eager_loss = compiled_lose(logits, targets), lose(logits, targets)
+    problems += _close("compiled loss", loss, eager_loss)
+    return problems + _close("compiled gradient", _loss_gradient(loss, logits), _loss_gradient(eager_loss, logits))
+
+
+def _close(name: str, got: Tensor, expected: Tensor) -> list[str]:
+    try:
+        torch.testing.assert_close(got, expected)
+    except AssertionError as error:
+        return [f"{name}: {str(error).splitlines()[0]}"]
+    return []
+
+
+def _work(impl: str, dtype: torch.dtype, device: str) -> tuple[tuple[Tensor, ...], Callable[[], tuple[Tensor, ...]]]:
+    """Inputs of both operations, full of NaN until `fill_` is called, and a function of them."""
+    q, k, v = AttentionCase("work", B=4, H=6, T=256, D=64).inputs(dtype, device=device)
+    logits, targets = CrossEntropyCase("work", shape=(1000,)).inputs(dtype, device=device)
+    upstream = torch.ones_like(q)
+
+    def work() -> tuple[Tensor, ...]:
+        out = causal_attention(q, k, v, impl=impl)
+        loss = softmax_cross_entropy(logits, targets, impl=impl)
+        grads = torch.autograd.grad(out, (q, k, v), upstream)
+        return out.detach(), loss.detach(), *grads, *torch.autograd.grad(loss, logits)
+
+    return (q, k, v, logits), work
+
+
+def stream_problems(impl: str, dtype: torch.dtype, device: str) -> list[str]:
+    """On a stream whose inputs come late, kernels on any other stream would read the NaN from before."""
+    inputs, work = _work(impl, dtype, device)
+    expected = work()
+    values = [x.detach().clone() for x in inputs]
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream), torch.no_grad():
+        for x in inputs:
+            x.fill_(math.nan)
+        torch.cuda._sleep(200_000_000)  # about a tenth of a second
+        for x, value in zip(inputs, values, strict=True):
+            x.copy_(value)
+        with torch.enable_grad():
+            got = work()
+    stream.synchronize()
+    return [] if _same_bits(got, expected) else ["on another stream the results differ"]
+
+
+def capture_problems(impl: str, dtype: torch.dtype, device: str) -> list[str]:
+    """A captured graph can be replayed on new inputs: nothing in it waited for the GPU or read from the host."""
+    inputs, work = _work(impl, dtype, device)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # the first call may load modules, which a capture forbids
+        work()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = work()
+    with torch.no_grad():
+        for x in inputs:
+            x.mul_(0.5)
+    expected = work()
+    graph.replay()
+    torch.cuda.synchronize()
+    return [] if _same_bits(got, expected) else ["the replayed graph gives other results"]
+
+
+# ----------------------------------------------------------------------------------------------- offsets beyond 32 bits
+
+
+def far_attention_problems(impl: str, dtype: torch.dtype, device: str) -> list[str]:
+    """The last of 700 sequences whose packed projection has more than 2^31 elements."""
+    B, T, H, D = 700, 1024, 16, 64
+    _require_gigabytes(20)
+    qkv = torch.randn(B, T, 3, H, D, dtype=dtype, device=device).requires_grad_()
+    upstream = torch.randn(B, T, H, D, dtype=dtype, device=device).transpose(1, 2)
+    assert qkv.numel() > 2**31
+
+    def attend(qkv: Tensor, upstream: Tensor, function: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
+        out = function(*(x.transpose(1, 2) for x in qkv.unbind(2)))
+        (gradient,) = torch.autograd.grad(out, qkv, upstream)
+        return out[-1:].detach(), gradient[-1:]
+
+    got = attend(qkv, upstream, partial(causal_attention, impl=impl))
+    last, last_upstream = qkv[-1:].detach().requires_grad_(), upstream[-1:]
+    exact = last.detach().double().requires_grad_()
+    truth = attend(exact, last_upstream.double(), partial(causal_attention, impl="torch"))
+    plain = attend(last, last_upstream, lambda q, k, v: torch_attention(q, k, v)[0])
+    triples = zip(("O", "dQ, dK and dV"), got, truth, plain, strict=True)
+    return [problem for name, *triple in triples for problem in _judged(name, [tuple(triple)])]
+
+
+def far_cross_entropy_problems(impl: str, dtype: torch.dtype, device: str) -> list[str]:
+    """The last of 43,000 rows of 50,257 logits, which are more than 2^31."""
+    N, V = 43_000, 50_257
+    _require_gigabytes(16)
+    logits = torch.randn(N, V, dtype=dtype, device=device).requires_grad_()
+    targets = torch.randint(V, (N,), device=device)
+    assert logits.numel() > 2**31
+    loss = softmax_cross_entropy(logits, targets, reduction="none", impl=impl)
+    (gradient,) = torch.autograd.grad(loss, logits, torch.ones_like(loss))
+    last, y = logits[-8:].detach(), targets[-8:]
+    columns = []
+    for x, function in (
+        (last.double(), partial(softmax_cross_entropy, impl="torch")),
+        (last.clone(), torch_cross_entropy),
+    ):
+        x.requires_grad_()
+        rows = function(x, y, reduction="none")
+        columns.append((rows.detach(), torch.autograd.grad(rows.sum(), x)[0]))
+    got = (loss[-8:].detach(), gradient[-8:])
+    triples = zip(("loss", "gradient"), got, *columns, strict=True)
+    return [problem for name, *triple in triples for problem in _judged(name, [tuple(triple)])]
+
+
+def _require_gigabytes(needed: float) -> None:
+    free = torch.cuda.mem_get_info()[0] / 1e9
+    if free < needed:
+        raise SkippedError(f"needs {needed} GB of the GPU's memory, {free:.1f} GB are free")

@@ -1,0 +1,297 @@
+"""What `operators.py` makes of any implementation's kernels, on kernels that are written in PyTorch and run everywhere.
+
+So the part that the CUDA and Triton kernels share is tested where there is no GPU. The C++ kernels go through the same
+operators, in test_attention.py and test_cross_entropy.py.
+"""
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from chargpt.kernels import reference
+from chargpt.kernels.operators import OperatorsWithGradient
+from chargpt.kernels.philox import dropout_keep_mask
+
+from .cases import ATTENTION_CASES, CROSS_ENTROPY_CASES, AttentionCase, CrossEntropyCase
+
+calls: Counter[str] = Counter()
+
+
+class Kernels:
+    """The forward is the reference's, and the backward is written out, since kernels run below autograd."""
+
+    @staticmethod
+    def causal_attention_forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+        calls["attend"] += 1
+        out, lse = attend(q, k, v, *options)
+        return by_time(out), lse
+
+    @staticmethod
+    def causal_attention_backward(
+        dO: Tensor | None, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+        scale: float, dropout_p: float, window: int | None, seed: Tensor | None,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        calls["attend backward"] += 1
+        (B, H, T), (H_kv, S) = q.shape[:3], k.shape[1:3]
+        dO, dlse = out.new_zeros(out.shape) if dO is None else dO, 0 if dlse is None else dlse[..., None]
+        K, V = (x.repeat_interleave(H // H_kv, 1) for x in (k, v))
+        distance = torch.arange(S - T, S)[:, None] - torch.arange(S)
+        hidden = (distance < 0) | (distance >= (window or S))
+        P = (scale * (q @ K.mT) - lse[..., None]).exp().masked_fill(hidden, 0)
+        drop = torch.ones_like(P)
+        if seed is not None:
+            drop = dropout_keep_mask(seed, dropout_p, B * H, T, S).view_as(P) / (1 - dropout_p)
+        dP = (dO @ V.mT) * drop
+        dS = P * (dP - (dO * out).sum(-1, keepdim=True) + dlse)
+        dK, dV = (x.unflatten(1, (H_kv, H // H_kv)).sum(2) for x in (scale * dS.mT @ q, (P * drop).mT @ dO))
+        return by_time(scale * dS @ K), by_time(dK), by_time(dV)
+
+    @staticmethod
+    def softmax_cross_entropy_forward(logits: Tensor, targets: Tensor, *arguments: Any) -> tuple[Tensor | None, ...]:
+        *options, with_gradient = arguments
+        calls["loss and gradient" if with_gradient else "loss"] += 1
+        loss = cross_entropy(logits, targets, *options)
+        x = capped(logits, options[3])
+        m = x.amax(-1)
+        normalisers = torch.stack([m, (x - m[:, None]).exp().sum(-1)])
+        one = torch.ones_like(loss)
+        return loss, normalisers, dlogits(one, logits, targets, normalisers, *options) if with_gradient else None
+
+    @staticmethod
+    def softmax_cross_entropy_backward(*arguments: Any) -> Tensor:
+        calls["gradient"] += 1
+        return dlogits(*arguments)
+
+    @staticmethod
+    def scale_(gradient: Tensor, factor: Tensor) -> None:
+        calls["scale"] += 1
+        gradient.mul_(factor)
+
+
+def by_time(x: Tensor) -> Tensor:
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def capped(logits: Tensor, softcap: float | None) -> Tensor:
+    x = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32).reshape(-1, logits.shape[-1])
+    return x if softcap is None else softcap * torch.tanh(x / softcap)  # (N, V)
+
+
+def dlogits(
+    dloss: Tensor, logits: Tensor, targets: Tensor, normalisers: Tensor,
+    ignore_index: int, label_smoothing: float, z_loss: float, softcap: float | None, reduction: str,
+) -> Tensor:  # fmt: skip
+    x, y, (m, total) = capped(logits, softcap), targets.long().reshape(-1, 1), normalisers[..., None]
+    counted = y != ignore_index
+    wanted = torch.full_like(x, label_smoothing / x.shape[1])
+    wanted.scatter_add_(1, y * counted, torch.full_like(x[:, :1], 1 - label_smoothing))
+    p = (x - m).exp() / total
+    dx = p * (1 + 2 * z_loss * (m + total.log())) - wanted
+    dx = dx if softcap is None else dx * (1 - (x / softcap) ** 2)
+    dx = dx * (dloss.reshape(-1, 1) if reduction == "none" else dloss) * counted
+    return (dx / counted.sum().clamp(min=1) if reduction == "mean" else dx).to(logits.dtype).reshape(logits.shape)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float, window: Any, seed: Any) -> Any:
+    return reference.causal_attention(
+        q, k, v, scale=scale, dropout_p=dropout_p, window=window, seed=seed, return_lse=True
+    )
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, *options: Any) -> Tensor:
+    names = ("ignore_index", "label_smoothing", "z_loss", "softcap", "reduction")
+    return reference.softmax_cross_entropy(logits, targets, **dict(zip(names, options, strict=True)))
+
+
+OPERATORS = OperatorsWithGradient("chargpt_test", "CPU", Kernels)
+OPS = torch.ops.chargpt_test
+
+
+@pytest.fixture(autouse=True)
+def counted() -> None:
+    calls.clear()
+
+
+def attention(case: AttentionCase, *qkv: Tensor, **changes: Any) -> tuple[Tensor, Tensor]:
+    options: dict[str, Any] = {"scale": 0.4, "dropout_p": 0.0, "window": None} | case.options | changes
+    seed = torch.tensor(5) if options["dropout_p"] else None
+    return OPERATORS.causal_attention(*qkv, **options, seed=seed, return_lse=True)  # type: ignore[return-value]
+
+
+def loss_of(logits: Tensor, targets: Tensor, **options: Any) -> Tensor:
+    defaults = {"ignore_index": -100, "label_smoothing": 0.0, "z_loss": 0.0, "softcap": None, "reduction": "mean"}
+    return OPERATORS.softmax_cross_entropy(logits, targets, **defaults | options)
+
+
+@pytest.mark.parametrize("case", ATTENTION_CASES[::3], ids=lambda case: case.name)
+def test_attention_and_its_gradients_are_the_kernels(case: AttentionCase) -> None:
+    inputs = case.inputs()
+    got = attention(case, *inputs)
+    assert calls == {"attend": 1}
+    options: dict[str, Any] = {"scale": 0.4, "dropout_p": 0.0, "window": None} | case.options
+    expected = attend(*inputs, **options, seed=torch.tensor(5) if options["dropout_p"] else None)
+    upstream = [torch.randn_like(x) for x in got]
+    gradients = torch.autograd.grad(got, inputs, upstream)
+    assert calls == {"attend": 1, "attend backward": 1}
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(gradients, torch.autograd.grad(expected, inputs, upstream))
+
+
+def test_one_gradient_may_be_missing_and_leaves_may_be_fixed() -> None:
+    case = AttentionCase("partial")
+    q, k, v = case.inputs()
+    out, lse = attention(case, q, k.detach(), v)
+    expected = attend(q, k.detach(), v, 0.4, 0.0, None, None)
+    for ours, theirs in ((out.sum(), expected[0].sum()), (lse.sum(), expected[1].sum())):
+        got = torch.autograd.grad(ours, (q, v), retain_graph=True, allow_unused=True, materialize_grads=True)
+        right = torch.autograd.grad(theirs, (q, v), retain_graph=True, allow_unused=True, materialize_grads=True)
+        torch.testing.assert_close(got, right)
+
+
+@pytest.mark.parametrize("options", [{}, {"dropout_p": 0.4}, {"window": 2}], ids=str)
+def test_the_gradient_of_attentions_gradient(options: dict[str, Any]) -> None:
+    case = AttentionCase("twice", B=1, H=2, H_kv=1, T=2, S=3, D=2)
+    assert torch.autograd.gradgradcheck(lambda *qkv: attention(case, *qkv, **options), case.inputs(), fast_mode=True)
+
+
+def test_heads_that_no_kernel_takes_are_the_references() -> None:
+    case = AttentionCase("wide", B=1, T=3, D=257)
+    inputs = case.inputs(torch.float32)
+    assert torch.equal(attention(case, *inputs)[0], attend(*inputs, 0.4, 0.0, None, None)[0])
+    assert not calls
+
+
+@pytest.mark.parametrize("case", CROSS_ENTROPY_CASES[::3], ids=lambda case: case.name)
+def test_the_loss_and_its_gradient_are_the_kernels(case: CrossEntropyCase) -> None:
+    logits, targets = case.inputs(torch.float32)
+    reduction = case.options.get("reduction", "mean")
+    loss = loss_of(logits, targets, **case.options)
+    assert calls == ({"loss": 1} if reduction == "none" else {"loss and gradient": 1})
+    upstream = torch.linspace(0.5, 2, loss.numel()).reshape(loss.shape)
+    (gradient,) = torch.autograd.grad(loss, logits, upstream)
+    assert calls == ({"loss": 1, "gradient": 1} if reduction == "none" else {"loss and gradient": 1, "scale": 1})
+    defaults = {"ignore_index": -100, "label_smoothing": 0.0, "z_loss": 0.0, "softcap": None, "reduction": "mean"}
+    expected = reference.softmax_cross_entropy(logits, targets, **defaults | case.options)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, logits, upstream)[0])
+
+
+@pytest.mark.parametrize("wanted", ["no gradient", "no grad mode", "inference mode", "float16", "compiled"])
+def test_the_gradient_is_not_computed_in_the_forward(wanted: str) -> None:
+    dtype = torch.float16 if wanted == "float16" else torch.float32  # where the gradient of a mean underflows
+    logits, targets = CrossEntropyCase("plain").inputs(dtype)
+    if wanted == "no gradient":
+        loss_of(logits.detach(), targets)
+    elif wanted == "no grad mode":
+        with torch.no_grad():
+            loss_of(logits, targets)
+    elif wanted == "inference mode":
+        with torch.inference_mode():
+            loss_of(logits, targets)
+    elif wanted == "float16":
+        torch.autograd.grad(loss_of(logits, targets), logits)
+        assert calls.pop("gradient") == 1
+    else:
+        compiled = torch.compile(lambda x: loss_of(x, targets), fullgraph=True, backend="aot_eager")(logits)
+        torch.testing.assert_close(compiled, cross_entropy(logits, targets, -100, 0.0, 0.0, None, "mean"))
+    assert calls == {"loss": 1}
+
+
+def test_the_second_walk_through_a_graph_computes_the_gradient_again() -> None:
+    """The first gives the gradient away; what its receiver does with it must not show in the second."""
+    logits, targets = CrossEntropyCase("retain", shape=(20,)).inputs(torch.float32)
+    loss = loss_of(logits, targets)
+    (first,) = torch.autograd.grad(loss, logits, torch.tensor(1.0), retain_graph=True)
+    expected = 3 * first
+    first.zero_()
+    (second,) = torch.autograd.grad(loss, logits, torch.tensor(3.0))
+    assert calls == {"loss and gradient": 1, "scale": 1, "gradient": 1}
+    torch.testing.assert_close(second, expected)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(loss, logits)
+
+
+def test_logits_that_were_overwritten_are_noticed_where_they_are_read_again() -> None:
+    leaf, targets = CrossEntropyCase("overwritten").inputs(torch.float32)
+    logits = 1 * leaf
+    kept = loss_of(logits, targets)
+    again = loss_of(logits, targets, reduction="none")
+    expected = torch.autograd.grad(kept, leaf, retain_graph=True)[0]
+    with torch.no_grad():
+        logits.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(again.sum(), leaf)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(kept, leaf)
+    assert expected.any()
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_the_gradient_of_the_losss_gradient(reduction: str) -> None:
+    logits, targets = CrossEntropyCase("twice", shape=(3,), V=4, ignored=0.3).inputs()
+    options = {"label_smoothing": 0.2, "z_loss": 0.1, "softcap": 4.0, "reduction": reduction}
+    assert torch.autograd.gradgradcheck(lambda x: loss_of(x, targets, **options), (logits,), fast_mode=True)
+
+
+def test_create_graph_after_a_gradient_in_the_forward() -> None:
+    logits, targets = CrossEntropyCase("create").inputs()
+    loss = loss_of(logits, targets)
+    (gradient,) = torch.autograd.grad(loss, logits, create_graph=True)
+    (second,) = torch.autograd.grad(gradient.square().sum(), logits)
+    theirs = cross_entropy(logits, targets, -100, 0.0, 0.0, None, "mean")
+    (expected,) = torch.autograd.grad(theirs, logits, create_graph=True)
+    torch.testing.assert_close(gradient, expected)
+    torch.testing.assert_close(second, torch.autograd.grad(expected.square().sum(), logits)[0])
+
+
+def test_torch_func_gets_the_reference() -> None:
+    logits, targets = CrossEntropyCase("func", shape=(4, 3), V=7).inputs()
+    each = torch.func.vmap(torch.func.grad(loss_of))(logits.detach(), targets)
+    assert each.shape == (4, 3, 7)
+    q, k, v = (x.detach() for x in AttentionCase("func").inputs())
+    torch.func.grad(lambda q: attention(AttentionCase("func"), q, k, v)[0].sum())(q)
+    assert not calls
+
+
+def test_attention_compiles_into_one_graph() -> None:
+    case = AttentionCase("compile", H=4, H_kv=2, T=9)
+    inputs = case.inputs(torch.float32)
+    compiled = torch.compile(lambda *qkv: attention(case, *qkv), fullgraph=True, backend="aot_eager")(*inputs)
+    eager = attention(case, *inputs)
+    torch.testing.assert_close(compiled, eager)
+    torch.testing.assert_close(
+        torch.autograd.grad(compiled[0].sum(), inputs), torch.autograd.grad(eager[0].sum(), inputs)
+    )
+
+
+def test_fake_tensors_pass_through_without_a_kernel() -> None:
+    logits, targets = CrossEntropyCase("fake").inputs(torch.bfloat16)
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = mode.from_tensor(logits.detach()).requires_grad_()
+        (gradient,) = torch.autograd.grad(loss_of(fake, mode.from_tensor(targets)), fake)
+        assert (gradient.shape, gradient.dtype) == (logits.shape, torch.bfloat16)
+    assert not calls
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_opcheck(reduction: str) -> None:
+    q, k, v = AttentionCase("opcheck", T=5, S=9, H=4, H_kv=2).inputs(torch.float32)
+    options: tuple[Any, ...] = (0.5, 0.3, 3, torch.tensor(7))
+    torch.library.opcheck(OPS.causal_attention.default, (q, k, v, *options))
+    q, k, v = q.detach(), k.detach(), v.detach()
+    out, lse = OPS.causal_attention(q, k, v, *options)
+    given = (torch.ones_like(out), torch.ones_like(lse), q, k, v, out, lse, *options)
+    torch.library.opcheck(OPS.causal_attention_backward.default, given)
+
+    logits, targets = CrossEntropyCase("opcheck", shape=(4, 5), V=7).inputs(torch.float32)
+    options = (-100, 0.1, 0.01, 5.0, reduction)
+    torch.library.opcheck(OPS.softmax_cross_entropy.default, (logits, targets, *options))
+    logits = logits.detach()
+    loss, normalisers = OPS.softmax_cross_entropy(logits, targets, *options)
+    given = (torch.ones_like(loss), logits, targets, normalisers, *options)
+    torch.library.opcheck(OPS.softmax_cross_entropy_backward.default, given)
+    torch.library.opcheck(OPS.softmax_cross_entropy_with_gradient.default, (logits, targets, *options))
+    torch.library.opcheck(OPS.scale_.default, (logits, torch.tensor(2.0)))

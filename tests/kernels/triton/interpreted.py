@@ -1,0 +1,257 @@
+"""The Triton kernels on the CPU, in Triton's interpreter, on the shared cases. test_interpreter.py runs this file.
+
+By hand: TRITON_INTERPRET=1 python -m pytest tests/kernels/triton/interpreted.py -k … (and -m '' for the slow ones too).
+"""
+
+# ruff: noqa: E402, I001 - the interpreter is made ready before the kernels are imported
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from . import interpreter  # noqa: F401
+
+import triton
+import triton.language as tl
+from triton import Config
+
+from chargpt.kernels.philox import dropout_keep_mask, philox_4x32
+from chargpt.kernels.triton import attention, cross_entropy, problem
+from chargpt.kernels.triton.numerics import narrow
+from chargpt.kernels.triton.philox import keep_tile
+
+from ..cases import (
+    ATTENTION_CASES,
+    CROSS_ENTROPY_CASES,
+    AttentionCase,
+    CrossEntropyCase,
+    assert_as_right_as_torch,
+    naive_cross_entropy,
+    torch_attention,
+    torch_cross_entropy,
+)
+from ..test_attention import gradients
+from ..test_cross_entropy import gradient
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+SEED = 0x1234567890ABCDEF
+# Tiles that are smaller than most cases, and unequal, so that edges fall everywhere; and larger ones, which are faster.
+SMALL, LARGE = (Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=4) for m, n in ((32, 16), (64, 32)))
+
+# What the default run takes of the cases: each feature once; float16 and bfloat16 differ in conversions alone.
+QUICK = {
+    torch.float32: [
+        *("T1", "T7", "T65", "D31", "one_query_many_keys", "window_1", "negative_scale", "no_queries"),
+        *("dropout_more_keys_window_grouped", "packed_dropout", "sharp", "no_batch", "nothing"),
+    ],
+    torch.float16: ["more_keys_than_queries", "dropout_more_keys_window_grouped"],
+    torch.bfloat16: ["more_keys_than_queries", "dropout_more_keys_window_grouped"],
+}
+DRAWS = {"sharp": 7}  # of inputs, where the two that the others get are too few to judge by: few weights matter
+LONG_ROWS = {"V50257", "V50304", "everything_V50257"}
+
+
+def attention_grid() -> list[Any]:
+    grid = [
+        (case, dtype, DRAWS.get(case.name, 2))
+        for dtype in DTYPES
+        for case in ATTENTION_CASES
+        if case.name in QUICK[dtype]
+    ]
+    whole = [(case, dtype, 8) for dtype in DTYPES for case in ATTENTION_CASES]
+    return [pytest.param(*entry, id=name_of(*entry)) for entry in grid] + [
+        pytest.param(*entry, id=name_of(*entry), marks=pytest.mark.slow) for entry in whole
+    ]
+
+
+def cross_entropy_grid() -> list[Any]:
+    whole = [(case, dtype, 8) for dtype in DTYPES for case in CROSS_ENTROPY_CASES]
+    slow = {True: pytest.mark.slow, False: ()}
+    return [
+        pytest.param(*e, id=name_of(*e), marks=slow[e[0].name in LONG_ROWS or e[1] != torch.float32]) for e in whole
+    ] + [
+        pytest.param(case, dtype, 2, id=name_of(case, dtype, 2))
+        for case in CROSS_ENTROPY_CASES
+        for dtype in DTYPES
+        if case.name in ("everything", "everything_V50257")
+        and not (dtype == torch.float32 and case.name == "everything")
+    ]
+
+
+def name_of(case: Any, dtype: torch.dtype, draws: int) -> str:
+    return f"{case.name}-{str(dtype).removeprefix('torch.')}-{draws}"
+
+
+@pytest.mark.parametrize(("case", "dtype", "draws"), attention_grid())
+def test_attention_loses_no_more_than_torch(case: AttentionCase, dtype: torch.dtype, draws: int) -> None:
+    tiles = LARGE if case.T >= 60 else SMALL
+    dropout_p, S = case.options.get("dropout_p", 0.0), case.S or case.T
+    seed = torch.tensor(SEED) if dropout_p else None
+    keep = None
+    if seed is not None:
+        keep = dropout_keep_mask(seed, dropout_p, case.B * case.H, case.T, S).view(case.B, case.H, case.T, S)
+    scale = case.options.get("scale", 1 / math.sqrt(case.D))
+    options = (scale, dropout_p, case.options.get("window"), seed)
+    results = []
+    for draw in range(draws):
+        inputs = case.inputs(dtype, draw)
+        exact = tuple(x.detach().double().requires_grad_() for x in inputs)
+        qkv = tuple(x.detach() for x in inputs)
+        got = attention.causal_attention_forward(*qkv, *options, tiles=tiles)
+        upstream = torch.Generator().manual_seed(7)  # as `gradients` draws it
+        given = [torch.randn(x.shape, generator=upstream, dtype=torch.float64).to(x.dtype) for x in got]
+        ours = attention.causal_attention_backward(*given, *qkv, *got, *options, key_tiles=tiles, query_tiles=tiles)
+        truth = torch_attention(*exact, keep=keep, **case.options)
+        plain = torch_attention(*inputs, keep=keep, **case.options)[0]
+        plain_lse = torch_attention(*(x.float() for x in inputs), **case.options)[1]
+        outputs = zip(got, truth, (plain, plain_lse), strict=True)
+        grads = ours, gradients(truth, exact), gradients((plain, plain_lse), inputs)
+        results.append([*outputs, *zip(*grads, strict=True)])
+    for name, triples in zip(("O", "lse", "dQ", "dK", "dV"), zip(*results, strict=True), strict=True):
+        assert_as_right_as_torch(name, list(triples))
+
+
+@pytest.mark.parametrize(("case", "dtype", "draws"), cross_entropy_grid())
+def test_cross_entropy_loses_no_more_than_torch(case: CrossEntropyCase, dtype: torch.dtype, draws: int) -> None:
+    losses, in_backward, in_forward = [], [], []
+    for draw in range(draws):
+        logits, targets = case.inputs(dtype, draw)
+        exact = logits.detach().double().requires_grad_()
+        truth, plain = (f(x, targets, **case.options) for f, x in
+                        ((naive_cross_entropy, exact), (torch_cross_entropy, logits)))  # fmt: skip
+        errors = gradient(truth, exact), gradient(plain, logits)
+        loss, ours, reduced = cross_entropy_of(logits.detach(), targets, **case.options)
+        losses.append((loss, truth, plain))
+        in_backward.append((ours, *errors))
+        if reduced is not None:  # `gradient` has 0.5 flow into a loss that is one number
+            in_forward.append((0.5 * reduced, *errors))
+    assert_as_right_as_torch("loss", losses)
+    assert_as_right_as_torch("gradient", in_backward)
+    if in_forward and dtype != torch.float16:  # where small gradients lose bits before they are scaled
+        assert_as_right_as_torch("gradient in the forward", in_forward)
+
+
+def cross_entropy_of(logits: Tensor, targets: Tensor, **given: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The loss, its gradient from the backward, and the reduced loss's from the forward."""
+    defaults = {"ignore_index": -100, "label_smoothing": 0.0, "z_loss": 0.0, "softcap": None, "reduction": "mean"}
+    options = tuple((defaults | given).values())
+    reduced = options[-1] != "none"
+    loss, normalisers, early = cross_entropy.softmax_cross_entropy_forward(logits, targets, *options, reduced)
+    upstream = torch.linspace(0.5, 2, loss.numel()).reshape(loss.shape)
+    return loss, cross_entropy.softmax_cross_entropy_backward(upstream, logits, targets, normalisers, *options), early
+
+
+@triton.jit
+def keep_kernel(OUT, seed, threshold, batch_head, position, key, M: tl.constexpr, N: tl.constexpr):
+    keep = keep_tile(seed, threshold.to(tl.uint32), batch_head, position, key, M, N)
+    tl.store(OUT + tl.arange(0, M)[:, None] * N + tl.arange(0, N)[None, :], keep.to(tl.int8))
+
+
+@pytest.mark.parametrize(("seed", "p"), [(SEED, 0.1), (0, 0.5), (2**62 + 3, 0.999), (-1, 0.3)])
+def test_dropout_masks_are_the_reference_s(seed: int, p: float) -> None:
+    out = torch.empty(16, 32, dtype=torch.int8)
+    mask = dropout_keep_mask(torch.tensor(seed), p, 6, 48, 96)  # query i has position 48 + i
+    for batch_head, position, key in ((0, 48, 0), (5, 80, 64), (2, 57, 20)):
+        keep_kernel[(1,)](out, seed, int(p * 2**32), batch_head, position, key, 16, 32)
+        assert torch.equal(out.bool(), mask[batch_head, position - 48 : position - 32, key : key + 32])
+
+
+@triton.jit
+def philox_kernel(OUT, seed, COUNTER):
+    i = tl.arange(0, 64)
+    c = tl.load(COUNTER + i), tl.load(COUNTER + 64 + i), tl.load(COUNTER + 128 + i), tl.load(COUNTER + 192 + i)
+    w0, w1, w2, w3 = tl.philox(seed, c[0], c[1], c[2], c[3])
+    tl.store(OUT + i, w0.to(tl.int64))
+    tl.store(OUT + 64 + i, w1.to(tl.int64))
+    tl.store(OUT + 128 + i, w2.to(tl.int64))
+    tl.store(OUT + 192 + i, w3.to(tl.int64))
+
+
+def test_triton_s_philox_is_ours() -> None:
+    counter = torch.randint(2**31, (4, 64), generator=torch.Generator().manual_seed(1))
+    out = torch.empty(4, 64, dtype=torch.int64)
+    for seed in (0, 1, SEED, 2**63 - 1):
+        philox_kernel[(1,)](out, seed, counter.int())
+        key = torch.tensor(seed % 2**32), torch.tensor(seed // 2**32)
+        assert torch.equal(out, torch.stack(philox_4x32(tuple(counter), key)))  # type: ignore[arg-type]
+
+
+@triton.jit
+def narrow_kernel(X, OUT, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    tl.store(OUT + at, narrow(tl.load(X + at), OUT.dtype.element_ty))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_conversions_round_as_torch_does(dtype: torch.dtype) -> None:
+    bits = torch.randint(-(2**31), 2**31, (4096,), generator=torch.Generator().manual_seed(2))
+    x = bits.int().view(torch.float32)
+    x = torch.where(x.abs() > torch.finfo(dtype).max / 2, torch.randn(4096), x)
+    x[:5] = torch.tensor([math.inf, -math.inf, math.nan, 0.0, -0.0])
+    x[5:7] = torch.tensor([1 + 2.0**-8, 1 + 3 * 2.0**-8])  # bfloat16's ties, to either side
+    out = torch.empty(4096, dtype=dtype)
+    narrow_kernel[(1,)](x, out, 4096)
+    torch.testing.assert_close(out, x.to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("V", [65, 9001], ids=["whole rows", "long rows"])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8], ids=str)
+def test_a_target_out_of_range_makes_its_row_nan(V: int, dtype: torch.dtype) -> None:
+    logits = torch.randn(3, V)
+    targets = torch.tensor([1, V + 5 if V < 200 else -7, 2]).to(dtype)
+    if V > 200 and dtype == torch.uint8:
+        pytest.skip("every uint8 is in range")
+    losses, ours, _ = cross_entropy_of(logits, targets, reduction="none")
+    assert losses.isnan().tolist() == [False, True, False]
+    assert ours.isnan().all(-1).tolist() == [False, True, False]
+    assert ours.isnan().any(-1).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("V", [5, 9001])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_nan_and_infinity_are_not_hidden(V: int, value: float) -> None:
+    logits = torch.zeros(3, V)
+    logits[1, V - 1] = value
+    losses, ours, _ = cross_entropy_of(logits, torch.zeros(3).long(), reduction="none")
+    assert losses.isnan().tolist() == [False, True, False]
+    assert ours.isnan().any(-1).tolist() == [False, True, False]
+
+
+def test_huge_queries_and_keys_give_no_nan() -> None:
+    for dtype, size in ((torch.float32, 1e4), (torch.bfloat16, 1e4), (torch.float16, 1e4)):
+        q, k, v = AttentionCase("huge", B=1, H=1, T=20).inputs(dtype)
+        q, k, v = size * q.detach().sign(), size * k.detach().sign(), v.detach()
+        out, lse = attention.causal_attention_forward(q, k, v, 0.3, 0.0, None, None, tiles=SMALL)
+        assert out.isfinite().all()
+        assert lse.isfinite().all()
+        dqkv = attention.causal_attention_backward(out, None, q, k, v, out, lse, 0.3, 0.0, None, None)
+        assert not any(x.isnan().any() for x in dqkv)
+
+
+def test_a_scale_of_zero_and_strides_of_any_kind() -> None:
+    wide = torch.randn(2, 9, 2, 16, 3)  # channels three apart, and q, k, v between each other
+    q, k, v = (x.transpose(1, 2) for x in wide.unbind(-1))
+    options = (0.0, 0.0, None, None)
+    out, lse = attention.causal_attention_forward(q, k, v, *options, tiles=SMALL)
+    torch.testing.assert_close(out, v.cumsum(2) / torch.arange(1, 10)[:, None])
+    torch.testing.assert_close(lse, torch.arange(1.0, 10).log().expand(2, 2, 9))
+    assert out.transpose(1, 2).is_contiguous()
+    dout = torch.ones(()).expand(out.shape)
+    dq, dk, dv = attention.causal_attention_backward(dout, None, q, k, v, out, lse, *options)
+    assert not dq.any()
+    assert not dk.any()
+    torch.testing.assert_close(dv, (1 / torch.arange(1.0, 10)).flip(0).cumsum(0).flip(0)[:, None].expand(dv.shape))
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.25])
+def test_scale_in_place(factor: float) -> None:
+    gradient = torch.randn(3, 1700)
+    expected = gradient * factor
+    cross_entropy.scale_(gradient, torch.tensor(factor))
+    assert torch.equal(gradient, expected)
+
+
+def test_nothing_stands_in_the_way_of_an_interpreted_run() -> None:
+    assert problem() is None

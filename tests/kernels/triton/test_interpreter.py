@@ -1,0 +1,36 @@
+"""Proof without a GPU, leg 1: the Triton kernels in Triton's interpreter, on the shared cases.
+
+In a process of its own: TRITON_INTERPRET must be set before anything imports Triton, torch.compile included, and it
+changes what Triton does for everybody, the ahead-of-time tests beside this file included.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    ["attention", "cross_entropy", "not attention and not cross_entropy"],
+)
+@pytest.mark.parametrize(
+    "marker", ["not slow", pytest.param("slow", marks=[pytest.mark.slow, pytest.mark.timeout(3 * 3600)])]
+)
+def test_interpreted(chosen: str, marker: str) -> None:
+    if marker == "slow" and chosen.startswith("not"):
+        pytest.skip("none of these is slow")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", "--timeout", "0"]
+    done = subprocess.run(
+        [*command, "-m", marker, "-k", chosen, str(Path(__file__).with_name("interpreted.py"))],
+        cwd=Path(__file__).parents[3],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
