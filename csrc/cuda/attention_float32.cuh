@@ -100,8 +100,8 @@ struct Place {
   __device__ int column(int group) const { return (group * Config::kX + x) * Config::kVector; }
 };
 
-// s = the products of rows 4 y + i of a and rows 4 x + j of b. Added up in runs of 16 channels: one run of 64 would give
-// dQ half as much rounding error again, on the CPU.
+// s = the products of rows 4 y + i of a and rows 4 x + j of b. Added up in runs of kRun channels: with runs of 8 the partial
+// sums of 64 channels are, squared and added up, a quarter of those of a single run, and so is the variance of rounding.
 template <int D>
 __device__ inline void dot(Square& s, FloatTile<D> a, FloatTile<D> b) {
   const Place<D> place;
@@ -111,10 +111,10 @@ __device__ inline void dot(Square& s, FloatTile<D> a, FloatTile<D> b) {
     for (int j = 0; j < 4; ++j) s[i][j] = 0;
   }
 #pragma unroll 1
-  for (int run = 0; run < D; run += 16) {
+  for (int run = 0; run < D; run += kRun) {
     Square sum = {};
 #pragma unroll 1
-    for (int channel = 0; channel < 16; channel += 4) {
+    for (int channel = 0; channel < kRun; channel += 4) {
       const float* const from_a = a.at(4 * place.y, run + channel);  // these four rows keep a unit at the same place
       const float* const from_b = b.at(4 * place.x, run + channel);
       float left[4][4];
