@@ -457,10 +457,10 @@ def _default(kernel: str, q: Tensor, dropout: bool) -> Config:
     return next(tiles for largest, tiles in TILES[kernel, q.element_size()] if size <= largest)
 
 
-# By kernel and bytes of an element: (largest D, tiles). Reasoned, not measured on a GPU: large tiles that compile without
-# spilling a register for sm_80 and sm_90. What others spilled (loads and stores, D = 64, bfloat16): forward 128 x 64 with
-# 4 warps 22 (sm_80); key_gradients 64 x 64 with grouped heads and dlse 34 and 43, 32 x 64 with dropout 2 (sm_80).
-# Float32 is multiplied outside the tensor cores, from registers, and takes smaller ones.
+# By kernel and bytes of an element: (largest D, tiles). Reasoned, not measured on a GPU: large tiles that compile
+# without spilling a register for sm_80 and sm_90. What others spilled (loads and stores, D = 64, bfloat16): forward
+# 128 x 64 with 4 warps 22 (sm_80); key_gradients 64 x 64 with grouped heads and dlse 34 and 43, 32 x 64 with dropout 2
+# (sm_80). Float32 is multiplied outside the tensor cores, from registers, and takes smaller ones.
 TILES = {
     ("forward", 2): [(128, _tiles(128, 64, 8, 3)), (512, _tiles(64, 32, 8, 2))],
     ("key_gradients", 2): [(128, _tiles(64, 32, 8, 2)), (512, _tiles(32, 32, 8, 1))],
