@@ -41,7 +41,7 @@ cudaError_t forward(const ForwardCall& call, cudaStream_t stream) {
   }
   static_assert(Memory::kStreaming <= kSharedBytesSm86);
   const int64_t blocks = ceil_div(problem.T, Config::kWarps * Config::kStrip);
-  return launch_blocks(attention_forward_streaming<D, Element>, heads * blocks, 32 * Config::kWarps, Memory::kStreaming,
+  return launch_blocks(attention_forward_streaming<D, Element>, heads * blocks, Config::kThreads, Memory::kStreaming,
                        call, stream);
 }
 

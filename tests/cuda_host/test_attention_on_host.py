@@ -44,8 +44,8 @@ def kernels() -> ctypes.CDLL:
     return library("attention")
 
 
-# The chip decides between K and V resident in shared memory (for up to 512 keys and 64 channels) and streaming: there must
-# be a head for each of its multiprocessors, here 1 or 1000.
+# The chip decides between K and V resident in shared memory (for up to 512 keys and 64 channels) and streaming: there
+# must be a head for each of its multiprocessors, here 1 or 1000.
 @pytest.fixture(params=[1, 1000], ids=["resident", "streaming"])
 def chip(request: pytest.FixtureRequest, kernels: ctypes.CDLL) -> Iterator[int]:
     kernels.attention_set_chip(request.param, 232448)
