@@ -55,7 +55,6 @@ bool too_large(const AttentionShape& shape) {
 // ---- delta ---------------------------------------------------------------------------------------------------------
 
 constexpr int kDeltaThreads = 128, kDeltaLanes = 4;  // threads of a block, and of a row
-constexpr int kRun = 16;                             // channels
 
 __device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(__half x) { return __half2float(x); }
@@ -83,7 +82,7 @@ __device__ inline float run_product(const Problem& problem, const Element* x, co
 }
 
 // delta = rowsum(dO ∘ O), less dlse for 16-bit dtypes; float32 keeps dlse apart, which would lose digits to a larger
-// delta. Runs of 16 channels are summed up as attention_float32.cuh sums up dO Vᵀ: so where a query sees but one key, and
+// delta. Runs of channels are summed up as attention_float32.cuh sums up dO Vᵀ: so where a query sees but one key, and
 // O is V, the difference of the two is 0 exactly, as it should be.
 // budget: attention_backward_delta registers<=48 shared<=0
 template <class Element>

@@ -2,6 +2,9 @@
 // compiler needed to include it); attention.cu implements it. The mathematics, the alignment of queries with keys, and
 // the dropout mask are those of chargpt/kernels/reference.py.
 //
+// For sm_80 and up. float32 with D > 128 needs 133 KiB of shared memory a block for the backward pass and 100 KiB for
+// the forward one, which sm_86, sm_89 and sm_120 do not have; there the launch fails with cudaErrorInvalidValue.
+//
 // Nothing here allocates or synchronises. All pointers are device memory of the current device; work is queued on
 // `stream`. What is returned is the first error of a launch, cudaSuccess otherwise.
 

@@ -15,7 +15,7 @@ cudaError_t backward(const BackwardCall& call, cudaStream_t stream) {
 
   const int64_t key_blocks = ceil_div(problem.S, 16 * DkDv::kM * DkDv::kWarps);
   const auto launch_dk_dv = [&](void (*kernel)(BackwardCall)) {
-    return launch_blocks(kernel, key_blocks * problem.batches * problem.heads_kv, 32 * DkDv::kWarps, kDkDvBytes, call,
+    return launch_blocks(kernel, key_blocks * problem.batches * problem.heads_kv, DkDv::kThreads, kDkDvBytes, call,
                          stream);
   };
   cudaError_t error;
@@ -28,7 +28,7 @@ cudaError_t backward(const BackwardCall& call, cudaStream_t stream) {
   if (error != cudaSuccess) return error;
 
   const int64_t query_blocks = ceil_div(problem.T, 16 * Dq::kM * Dq::kWarps);
-  return launch_blocks(attention_backward_dq<D, Element>, query_blocks * problem.batches * problem.heads, 32 * Dq::kWarps,
+  return launch_blocks(attention_backward_dq<D, Element>, query_blocks * problem.batches * problem.heads, Dq::kThreads,
                        kDqBytes, call, stream);
 }
 

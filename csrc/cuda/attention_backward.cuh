@@ -1,15 +1,16 @@
 // Causal attention backward for 16-bit dtypes: FlashAttention-2 (Dao 2023, algorithm 2) on mma.sync, in two kernels,
 // after delta = rowsum(dO ∘ O) - dlse, one number for each query, is known (attention.cu).
 //
-//   dk_dv   A warp owns 16 · kM keys and walks over the queries that see them, and over the query heads that share the keys:
-//           Sᵀ = K Qᵀ, Pᵀ = exp(scale · Sᵀ - lse), dPᵀ = V dOᵀ, dSᵀ = Pᵀ ∘ (dPᵀ - delta); dV += Pᵀ dO, dK += dSᵀ Q.
+//   dk_dv   A warp owns 16 · kM keys and walks over the queries that see them, and over the query heads that share the
+//           keys: Sᵀ = K Qᵀ, Pᵀ = exp(scale · Sᵀ - lse), dPᵀ = V dOᵀ, dSᵀ = Pᵀ ∘ (dPᵀ - delta); dV += Pᵀ dO, dK += dSᵀ
+//           Q.
 //   dq      A warp owns 16 · kM queries and walks over their keys: S, P, dP and dS again, not transposed; dQ += dS K.
 //
 // Why two: each gradient then has one writer that adds up in one order, so results are the same bits every time with
 // neither atomics nor float32 copies of dQ; and as accumulators of Sᵀ, or S, are left operands for the next product, P
 // and dS never leave registers and warps never wait for each other's. The price: seven products instead of five.
-// Both stream as the forward does: a block's warps share tiles of the other side, which arrive in two buffers. Steps are 32
-// queries (keys) wide; those that need positions compared, or dropout, are done by the careful variant.
+// Both stream as the forward does: a block's warps share tiles of the other side, which arrive in two buffers. Steps
+// are 32 queries (keys) wide; those that need positions compared, or dropout, are done by the careful variant.
 //
 // Shared memory: 2 · rows of the strips + 4 · kTile rows (and 4 · kTile floats) of D elements; see Config.
 
@@ -25,7 +26,7 @@ template <int D>
 struct DkDvConfig {
   static constexpr int kM = D <= 32 ? 2 : 1;         // 16-row blocks of a strip
   static constexpr bool kHeld = D <= 96;             // K and V in registers
-  static constexpr int kWarps = D <= 128 ? 4 : 2;
+  static constexpr int kWarps = D <= 128 ? 4 : 2, kThreads = 32 * kWarps;
   static constexpr int kTile = D <= 64 ? 64 : 32;    // queries of a tile
   static constexpr int kStep = D <= 128 ? 32 : 16;   // and those of them that are worked on together
   static constexpr bool kTogether = D <= 128;        // dK and dV in one go; else a launch for each
@@ -41,7 +42,7 @@ template <int D>
 struct DqConfig {
   static constexpr int kM = D <= 64 ? 2 : 1;
   static constexpr bool kHeld = D <= 128;            // Q and dO in registers
-  static constexpr int kWarps = D <= 128 ? 4 : 2;
+  static constexpr int kWarps = D <= 128 ? 4 : 2, kThreads = 32 * kWarps;
   static constexpr int kTile = D <= 64 ? 64 : 32;    // keys of a tile
   static constexpr int kStep = D == 64 || D == 256 ? 16 : 32;  // and those of them that are worked on together
   static constexpr int kBlocks = D <= 32 ? 3 : 2;    // on a multiprocessor, as far as registers allow
@@ -165,10 +166,11 @@ struct DqStrip {
 };
 
 template <int D, class Element>
-__global__ void __launch_bounds__(32 * DqConfig<D>::kWarps, DqConfig<D>::kBlocks) attention_backward_dq(BackwardCall call) {
+__global__ void __launch_bounds__(DqConfig<D>::kThreads, DqConfig<D>::kBlocks) attention_backward_dq(
+    BackwardCall call) {
   using Config = DqConfig<D>;
   constexpr int kStrip = 16 * Config::kM, kQueries = Config::kWarps * kStrip, kKeys = Config::kTile;
-  constexpr int kThreads = 32 * Config::kWarps;
+  constexpr int kThreads = Config::kThreads;
   const Problem& problem = call.problem;
   const int blocks = ceil_div(problem.T, kQueries);
   const Block block(problem.heads, blocks);
@@ -300,10 +302,11 @@ struct DkDvStrip {
 };
 
 template <int D, class Element, bool kDk, bool kDv>
-__global__ void __launch_bounds__(32 * DkDvConfig<D>::kWarps, DkDvConfig<D>::kBlocks) attention_backward_dk_dv(BackwardCall call) {
+__global__ void __launch_bounds__(DkDvConfig<D>::kThreads, DkDvConfig<D>::kBlocks) attention_backward_dk_dv(
+    BackwardCall call) {
   using Config = DkDvConfig<D>;
   constexpr int kStrip = 16 * Config::kM, kKeys = Config::kWarps * kStrip, kQueries = Config::kTile;
-  constexpr int kThreads = 32 * Config::kWarps;
+  constexpr int kThreads = Config::kThreads;
   const Problem& problem = call.problem;
   const Block block(problem.heads_kv, ceil_div(problem.S, kKeys));  // the heaviest come first
   const int first = block.index * kKeys, own = warp_id() * kStrip;
@@ -340,8 +343,8 @@ __global__ void __launch_bounds__(32 * DkDvConfig<D>::kWarps, DkDvConfig<D>::kBl
     load_tile(problem, k_tile, rows_of<Element>(call.k, block.batch, block.head), first, kKeys, problem.S, threadIdx.x,
               kThreads);
     if constexpr (kDk) {
-      load_tile(problem, v_tile, rows_of<Element>(call.v, block.batch, block.head), first, kKeys, problem.S, threadIdx.x,
-                kThreads);
+      load_tile(problem, v_tile, rows_of<Element>(call.v, block.batch, block.head), first, kKeys, problem.S,
+                threadIdx.x, kThreads);
     }
     load_queries(0);
   }
@@ -361,7 +364,8 @@ __global__ void __launch_bounds__(32 * DkDvConfig<D>::kWarps, DkDvConfig<D>::kBl
 
 template <class Element, int D>
 constexpr int dk_dv_shared_bytes() {
-  return backward_shared_bytes<Element, D, DkDvConfig<D>>() + 4 * DkDvConfig<D>::kTile * static_cast<int>(sizeof(float));
+  constexpr int kNumbers = 4 * DkDvConfig<D>::kTile;
+  return backward_shared_bytes<Element, D, DkDvConfig<D>>() + kNumbers * static_cast<int>(sizeof(float));
 }
 
 }  // namespace chargpt::cuda

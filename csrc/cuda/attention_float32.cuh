@@ -1,5 +1,6 @@
 // Causal attention for float32, forward and backward, on the ordinary units: the tensor cores would round to 10 bits.
-// The algorithm, and the reason for two backward kernels, are those of attention_forward.cuh and attention_backward.cuh.
+// The algorithm, and the reason for two backward kernels, are those of attention_forward.cuh and
+// attention_backward.cuh.
 //
 // A block makes tiles of S of kTile queries x kTile keys, kTile = 64 or 32, with (kTile / 4)² threads: thread (y, x)
 // has queries 4 y … 4 y + 3, keys 4 x … 4 x + 3, so that one evaluation of Philox decides for its four keys of a query.
@@ -8,7 +9,8 @@
 // where D / kX is a multiple of 4.
 //
 // Shared memory: 3 tiles of kTile x D and one of kTile x (kTile + 4) forward, 64 KiB at D = 64; one tile more for dQ;
-// two more for dK and dV, 98 KiB at D = 64, 133 KiB at D = 256, which chips with 99 KiB a block (sm_86, sm_89, sm_120) lack.
+// two more for dK and dV, 98 KiB at D = 64, 133 KiB at D = 256, which chips with 99 KiB a block (sm_86, sm_89, sm_120)
+// lack.
 
 #pragma once
 
@@ -37,8 +39,8 @@ struct Float32Config {
 // budget: attention_backward_dq_float32 registers<=255 shared<=0
 // budget: attention_backward_dk_dv_float32 registers<=255 shared<=0
 
-// kTile rows of D channels in shared memory. A unit of four channels is kept at a place that depends on row / 4, so that
-// threads x = 0 … 7, which read the same unit of rows 4 x + j, hit different banks (from D = 32 on).
+// kTile rows of D channels in shared memory. A unit of four channels is kept at a place that depends on row / 4, so
+// that threads x = 0 … 7, which read the same unit of rows 4 x + j, hit different banks (from D = 32 on).
 template <int D>
 struct FloatTile {
   float* data;
@@ -89,7 +91,7 @@ __device__ inline void read(float (&to)[N], const float* from) {  // `from`: at 
 
 using Square = float[4][4];  // a thread's part of S: (query, key)
 template <int D>
-using Part = float[4][Float32Config<D>::kGroups][Float32Config<D>::kVector];  // of O or a gradient: (row, group, column)
+using Part = float[4][Float32Config<D>::kGroups][Float32Config<D>::kVector];  // of O, dQ …: (row, group, column)
 
 // This thread's place.
 template <int D>
@@ -100,8 +102,9 @@ struct Place {
   __device__ int column(int group) const { return (group * Config::kX + x) * Config::kVector; }
 };
 
-// s = the products of rows 4 y + i of a and rows 4 x + j of b. Added up in runs of 16 channels: one run of 64 would give
-// dQ half as much rounding error again, on the CPU.
+// s = the products of rows 4 y + i of a and rows 4 x + j of b. Added up in runs of kRun channels: with runs of 8 the
+// partial sums of 64 channels are, squared and added up, a quarter of those of a single run, and so is the variance of
+// rounding.
 template <int D>
 __device__ inline void dot(Square& s, FloatTile<D> a, FloatTile<D> b) {
   const Place<D> place;
@@ -111,10 +114,10 @@ __device__ inline void dot(Square& s, FloatTile<D> a, FloatTile<D> b) {
     for (int j = 0; j < 4; ++j) s[i][j] = 0;
   }
 #pragma unroll 1
-  for (int run = 0; run < D; run += 16) {
+  for (int run = 0; run < D; run += kRun) {
     Square sum = {};
 #pragma unroll 1
-    for (int channel = 0; channel < 16; channel += 4) {
+    for (int channel = 0; channel < kRun; channel += 4) {
       const float* const from_a = a.at(4 * place.y, run + channel);  // these four rows keep a unit at the same place
       const float* const from_b = b.at(4 * place.x, run + channel);
       float left[4][4];
@@ -141,8 +144,8 @@ __device__ inline void dot(Square& s, FloatTile<D> a, FloatTile<D> b) {
 
 // sum += weight[i] · b[k], for kVector columns
 template <int D>
-__device__ inline void add_row(float (&sum)[4][Float32Config<D>::kVector], const float (&weight)[4], FloatTile<D> b, int k,
-                               int column) {
+__device__ inline void add_row(float (&sum)[4][Float32Config<D>::kVector], const float (&weight)[4], FloatTile<D> b,
+                               int k, int column) {
   float row[Float32Config<D>::kVector];
   read(row, b.at(k, column));
 #pragma unroll
@@ -161,8 +164,8 @@ __device__ inline void add(Part<D>& c, int group, const float (&sum)[4][Float32C
   }
 }
 
-// The two products below add up one tile before they add it to c, for the same reason, and one group of columns after the
-// other, for its sums to stay in few registers.
+// The two products below add up one tile before they add it to c, for the same reason, and one group of columns after
+// the other, for its sums to stay in few registers.
 
 // c += p b: weights of rows 4 y + i
 template <int D>
@@ -279,9 +282,10 @@ __device__ inline void keep_keys(bool (&keep)[4], const Problem& problem, int ba
 
 // ---- Forward -------------------------------------------------------------------------------------------------------
 
-// Four rows of scores, each held by the threads of one y, become P; m, l and O move to the new maximum. Exponents of 2, as
-// in the 16-bit kernels, would cost accuracy: X · log2 e - m · log2 e rounds X, which may be large, once more. So would a
-// multiply-add X - m: m, and lse where one key outweighs all others, is a rounded X, and the backward pass needs 2^0.
+// Four rows of scores, each held by the threads of one y, become P; m, l and O move to the new maximum. Exponents of 2,
+// as in the 16-bit kernels, would cost accuracy: X · log2 e - m · log2 e rounds X, which may be large, once more. So
+// would a multiply-add X - m: m, and lse where one key outweighs all others, is a rounded X, and the backward pass
+// needs 2^0.
 template <int D>
 __device__ inline void soften(Square& s, Part<D>& o, float (&m)[4], float (&l)[4]) {
   using Config = Float32Config<D>;
@@ -314,7 +318,8 @@ __global__ void __launch_bounds__(Float32Config<D>::kThreads, 1) attention_forwa
   const Block block(problem.heads, blocks);
   const int first = (blocks - 1 - block.index) * kTile;  // the heaviest first
   const int head_kv = block.head / problem.group, batch_head = block.batch * problem.heads + block.head;
-  const auto k_rows = rows_of<float>(call.k, block.batch, head_kv), v_rows = rows_of<float>(call.v, block.batch, head_kv);
+  const auto k_rows = rows_of<float>(call.k, block.batch, head_kv);
+  const auto v_rows = rows_of<float>(call.v, block.batch, head_kv);
 
   float* const shared = reinterpret_cast<float*>(dynamic_shared());
   const FloatTile<D> q{shared}, k{q.data + Config::kTileFloats}, v{k.data + Config::kTileFloats};
@@ -415,7 +420,8 @@ __global__ void __launch_bounds__(Float32Config<D>::kThreads, 1) attention_backw
   const Block block(problem.heads, blocks);
   const int first = (blocks - 1 - block.index) * kTile;  // the heaviest first
   const int head_kv = block.head / problem.group, batch_head = block.batch * problem.heads + block.head;
-  const auto k_rows = rows_of<float>(call.k, block.batch, head_kv), v_rows = rows_of<float>(call.v, block.batch, head_kv);
+  const auto k_rows = rows_of<float>(call.k, block.batch, head_kv);
+  const auto v_rows = rows_of<float>(call.v, block.batch, head_kv);
 
   float* const shared = reinterpret_cast<float*>(dynamic_shared());
   const FloatTile<D> q{shared}, dout{q.data + Config::kTileFloats}, k{dout.data + Config::kTileFloats},
@@ -486,9 +492,11 @@ __global__ void __launch_bounds__(Float32Config<D>::kThreads, 1) attention_backw
     }
   }
   const float scale[4] = {problem.scale, problem.scale, problem.scale, problem.scale};
-  if constexpr (kDk) write_rows<D>(problem, rows_of<float>(call.dk, block.batch, block.head), first, problem.S, dk, scale);
+  const auto dk_rows = rows_of<float>(call.dk, block.batch, block.head);
+  const auto dv_rows = rows_of<float>(call.dv, block.batch, block.head);
+  if constexpr (kDk) write_rows<D>(problem, dk_rows, first, problem.S, dk, scale);
   const float grow = problem.dropout.grow, grows[4] = {grow, grow, grow, grow};
-  if constexpr (kDv) write_rows<D>(problem, rows_of<float>(call.dv, block.batch, block.head), first, problem.S, dv, grows);
+  if constexpr (kDv) write_rows<D>(problem, dv_rows, first, problem.S, dv, grows);
 }
 
 }  // namespace chargpt::cuda

@@ -1,19 +1,22 @@
 // Causal attention forward for 16-bit dtypes: FlashAttention-2 (Dao 2023, algorithm 1) on mma.sync, two ways.
 //
-//   strip      A warp owns 16 · kM queries. Over 64 or 32 keys at a time: S = Q Kᵀ, X = S · scale · log2 e; new row maxima m;
-//              P = 2^(X - m); l ← l · 2^(m_old - m) + rowsum P; O ← O · 2^(m_old - m) + P V. At the end O / l, and
-//              lse = (m + log2 l) · ln 2. S, P and O live in registers: accumulators of S are left operands for P V.
+//   strip      A warp owns 16 · kM queries. Over 64 or 32 keys at a time: S = Q Kᵀ, X = S · scale · log2 e; new row
+//              maxima m; P = 2^(X - m); l ← l · 2^(m_old - m) + rowsum P; O ← O · 2^(m_old - m) + P V. At the end O /
+//              l, and lse = (m + log2 l) · ln 2. S, P and O live in registers: accumulators of S are left operands for
+//              P V.
 //   careful    Keys that some query of the strip does not see, and all keys under dropout, are done 32 at a time by a
-//              variant of the step that compares positions; other keys by one that does not. Keys nobody sees are skipped.
+//              variant of the step that compares positions; other keys by one that does not. Keys nobody sees are
+//              skipped.
 //   resident   For few keys and many heads. A block owns a head: K and V are read once and stay in shared memory. The
 //              n strips are shared out so that the warp with the heaviest strip, the last, also has the lightest, the
-//              first: strip n - 1 - w and strip w. Warps need no barrier but one: K and V arrive in two halves, and while
-//              the second half is on its way all warps do the same work, their heaviest strip on the first half.
+//              first: strip n - 1 - w and strip w. Warps need no barrier but one: K and V arrive in two halves, and
+//              while the second half is on its way all warps do the same work, their heaviest strip on the first half.
 //   streaming  For all else. A block owns 4 strips and walks over tiles of K and V with two buffers: while one tile is
 //              used, the next one arrives.
 //
-// Shared memory, 16-bit elements. resident: 2 · S · D for K and V, 32 · D for each warp's Q: at S = 256, D = 64, 4 warps
-// 80 KiB, two blocks per H100 multiprocessor; at S = 512, D = 64, 8 warps 160 KiB, one. streaming: see ForwardConfig.
+// Shared memory, 16-bit elements. resident: 2 · S · D for K and V, 32 · D for each warp's Q: at S = 256, D = 64, 4
+// warps 80 KiB, two blocks per H100 multiprocessor; at S = 512, D = 64, 8 warps 160 KiB, one. streaming: see
+// ForwardConfig.
 
 #pragma once
 
@@ -29,7 +32,7 @@ struct ForwardConfig {
   static constexpr int kStrip = 16 * kM;
   static constexpr int kKeys = D <= 128 ? 64 : 32;  // of a step, and of a tile of `streaming`
   static constexpr bool kHeld = D <= 128;           // Q in registers
-  static constexpr int kWarps = 4;                  // of `streaming`
+  static constexpr int kWarps = 4, kThreads = 32 * kWarps;  // of `streaming`
   static constexpr int kBlocks = D <= 16 ? 3 : 2;   // of `streaming` on a multiprocessor, as far as registers allow
 };
 // `streaming`, D                    16    32    64    96   128   256
@@ -69,7 +72,8 @@ struct ForwardStrip {
     }
   }
 
-  // The strip sees keys in [begin_key(), end_key()), multiples of kCarefulKeys; none where it lies behind the last query.
+  // The strip sees keys in [begin_key(), end_key()), multiples of kCarefulKeys; none where it lies behind the last
+  // query.
   __device__ int begin_key() const {
     return max(0, problem.position(first) - problem.window + 1) / kCarefulKeys * kCarefulKeys;
   }
@@ -207,9 +211,10 @@ struct ForwardMemory {
 };
 
 template <int D, class Element>
-__global__ void __launch_bounds__(32 * ForwardConfig<D>::kWarps, ForwardConfig<D>::kBlocks) attention_forward_streaming(ForwardCall call) {
+__global__ void __launch_bounds__(ForwardConfig<D>::kThreads, ForwardConfig<D>::kBlocks) attention_forward_streaming(
+    ForwardCall call) {
   using Config = ForwardConfig<D>;
-  constexpr int kQueries = Config::kWarps * Config::kStrip, kKeys = Config::kKeys, kThreads = 32 * Config::kWarps;
+  constexpr int kQueries = Config::kWarps * Config::kStrip, kKeys = Config::kKeys, kThreads = Config::kThreads;
   const Problem& problem = call.problem;
   const int blocks = ceil_div(problem.T, kQueries);
   const Block block(problem.heads, blocks);

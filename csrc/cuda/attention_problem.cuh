@@ -16,6 +16,8 @@ namespace chargpt::cuda {
 // Shared memory that one block can have: sm_80; and sm_86, sm_89 and sm_120, the least of all chips from sm_80 on.
 inline constexpr int kSharedBytesSm80 = 163 << 10, kSharedBytesSm86 = 99 << 10;
 
+inline constexpr int kRun = 8;  // channels that float32 products, and delta, add up one after the other
+
 inline constexpr float kLog2E = 1.44269504f, kLn2 = 0.69314718f;
 
 struct Problem {

@@ -1,7 +1,7 @@
 // Tiles of Q, K, V and dO in shared memory and their products on the tensor cores, for 16-bit dtypes.
 //
-// A row of D elements is D / 8 units of 16 bytes. ldmatrix reads the same unit of eight rows at once, which would hit the
-// same banks; so unit u of row r is kept at place u ^ f(r), with f such that those eight reads cover all 32 banks.
+// A row of D elements is D / 8 units of 16 bytes. ldmatrix reads the same unit of eight rows at once, which would hit
+// the same banks; so unit u of row r is kept at place u ^ f(r), with f such that those eight reads cover all 32 banks.
 // A warp owns a strip: 16 · kM rows of one operand, which its lanes hold as the accumulators of m16n8k16 do (mma.cuh):
 // lane 4 g + t has, of each 16 x 8 block, the elements (g, 2 t), (g, 2 t + 1), (g + 8, 2 t), (g + 8, 2 t + 1).
 
@@ -187,12 +187,14 @@ __device__ inline void write_rows(const Problem& problem, Rows<Element> rows, in
       for (int n = 0; n < D / 8; ++n) {
         const int column = 8 * n + lane_id() % 4 * 2;
         if (column >= problem.D) continue;
-        const uint32_t pair = pack<Element>(factor[m][half] * c[m][n][2 * half], factor[m][half] * c[m][n][2 * half + 1]);
+        const float low = factor[m][half] * c[m][n][2 * half], high = factor[m][half] * c[m][n][2 * half + 1];
+        const uint32_t pair = pack<Element>(low, high);
         if (problem.pairs) {
           *reinterpret_cast<uint32_t*>(to + column) = pair;
         } else {
+          const uint32_t second = pair >> 16;  // little-endian: the lower half comes first
           memcpy(to + column, &pair, sizeof(Element));
-          if (column + 1 < problem.D) memcpy(to + column + 1, reinterpret_cast<const char*>(&pair) + 2, sizeof(Element));
+          if (column + 1 < problem.D) memcpy(to + column + 1, &second, sizeof(Element));
         }
       }
     }

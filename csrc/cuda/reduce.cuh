@@ -45,7 +45,9 @@ __device__ T reduce_block(T x, const T& nothing, T* scratch, Combine combine) {
   const int warps = static_cast<int>(blockDim.x) / kWarp;
   if (lane_in_warp() == 0) scratch[threadIdx.x / kWarp] = x;
   __syncthreads();
-  return reduce_lanes<kWarp>(lane_in_warp() < warps ? scratch[lane_in_warp()] : nothing, combine);
+  x = nothing;
+  if (lane_in_warp() < warps) x = scratch[lane_in_warp()];
+  return reduce_lanes<kWarp>(x, combine);
 }
 
 }  // namespace chargpt::cuda

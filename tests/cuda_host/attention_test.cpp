@@ -147,11 +147,14 @@ void check(const Case& c, DType dtype) {
   for (int64_t bh = 0; bh < B * H; ++bh) {
     const int64_t b = bh / H, h = bh % H, h_kv = h / (H / H_kv), kv = (b * H_kv + h_kv) * S;
     for (int64_t i = 0; i < L; ++i) {
-      const int64_t end = S - L + i + 1, first = c.options.window > 0 ? std::max<int64_t>(0, end - c.options.window) : 0;
+      const int64_t end = S - L + i + 1;
+      const int64_t first = c.options.window > 0 ? std::max<int64_t>(0, end - c.options.window) : 0;
       std::vector<double> s(end), p(end), dp(end), row_out(D), row_dq(D);
       double top = -INFINITY, sum = 0, delta = 0;
       for (int64_t j = first; j < end; ++j) {
-        for (int64_t d = 0; d < D; ++d) s[j] += c.options.scale * widened(q.at(b, h, i, d)) * widened(k.at(b, h_kv, j, d));
+        for (int64_t d = 0; d < D; ++d) {
+          s[j] += c.options.scale * widened(q.at(b, h, i, d)) * widened(k.at(b, h_kv, j, d));
+        }
         top = std::max(top, s[j]);
       }
       for (int64_t j = first; j < end; ++j) sum += std::exp(s[j] - top);

@@ -12,6 +12,7 @@
 //   - For ThreadSanitizer each fiber is a thread. Only __syncthreads and __syncwarp order memory between threads; shuffles,
 //     votes and mma do not, as in CUDA. So a missing barrier is a reported race, also between blocks, whatever the order
 //     in which the fibers really ran.
+//     g++ 12 overlooks one thing: a struct that is passed by value straight from shared or global memory. Name it first.
 // What it cannot show: bank conflicts, anything about speed, the chip's weak memory order beyond races, and rounding of
 // the tensor cores (here: exact products, a float32 sum).
 //

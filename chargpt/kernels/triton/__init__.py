@@ -25,9 +25,10 @@ def problem() -> str | None:
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
     if (capability := torch.cuda.get_device_capability()) < CAPABILITY:
-        return f"the GPU has compute capability {'%d.%d' % capability}, the kernels need {'%d.%d' % CAPABILITY}"
+        have, need = (".".join(map(str, version)) for version in (capability, CAPABILITY))
+        return f"the GPU has compute capability {have}, the kernels need {need}"
     try:
-        triton.runtime.driver.active.get_current_device()  # the first time, some versions compile it with the C compiler
+        triton.runtime.driver.active.get_current_device()  # some versions compile a part of themselves for it
     except Exception as error:
         return f"triton cannot reach the GPU: {error}"
     return None

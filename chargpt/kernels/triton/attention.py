@@ -17,7 +17,9 @@ beside each other in the 227 KiB of a Hopper processor.
 In kernels Q, K, V … are pointers and q, k, v … tiles. A tensor's strides are (batch, head, time, channel), in elements.
 """
 
-# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators, disable-error-code="no-any-return"
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+# ruff: noqa: E741 - l and O are the paper's letters
+# mypy: disable-error-code="no-any-return"
 
 import functools
 from typing import Any
@@ -106,8 +108,8 @@ def key_bounds(first, T, S, window, WINDOWED: tl.constexpr, BLOCK_M: tl.constexp
 
 @triton.jit
 def query_bounds(first, T, S, window, WINDOWED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The queries that see the keys first … first + BLOCK_N, cut likewise: the diagonal [0, 1), whole tiles that see all
-    these keys [1, 2), the window's edge [2, 3). The first two are multiples of BLOCK_M."""
+    """The queries that see the keys first … first + BLOCK_N, cut likewise: the diagonal [0, 1), whole tiles that see
+    all these keys [1, 2), the window's edge [2, 3). The first two are multiples of BLOCK_M."""
     index = first - (S - T)  # of the query at the position of the first key
     begin = tl.maximum(index, 0) // BLOCK_M * BLOCK_M
     whole = tl.cdiv(tl.maximum(index + BLOCK_N - 1, 0), BLOCK_M) * BLOCK_M
@@ -325,7 +327,7 @@ def causal_attention_forward(
     tiles: BLOCK_M and BLOCK_N with their warps and stages; None: the table's
     autotune: instead time a short list of tiles, once for each kind of call
     """
-    B, H, T, D = q.shape
+    B, H, T, _ = q.shape
     out, lse = _empty_by_time(q), q.new_empty((B, H, T), dtype=torch.float32)
     with torch.cuda.device_of(q):
         _launch(
@@ -455,10 +457,10 @@ def _default(kernel: str, q: Tensor, dropout: bool) -> Config:
     return next(tiles for largest, tiles in TILES[kernel, q.element_size()] if size <= largest)
 
 
-# By kernel and bytes of an element: (largest D, tiles). Reasoned, not measured on a GPU: the largest tiles that compile
-# without spilling a register for sm_80 and sm_90. Spilled loads and stores of some that were not taken, D = 64, bfloat16:
-# forward 128 x 64 with 4 warps 22 (sm_80); key_gradients 64 x 64 with 8 warps, grouped heads and dlse 34 and 43, 32 x 64
-# with dropout 2 (sm_80). Float32 is multiplied outside the tensor cores, from registers, and takes smaller ones.
+# By kernel and bytes of an element: (largest D, tiles). Reasoned, not measured on a GPU: large tiles that compile
+# without spilling a register for sm_80 and sm_90. What others spilled (loads and stores, D = 64, bfloat16): forward
+# 128 x 64 with 4 warps 22 (sm_80); key_gradients 64 x 64 with grouped heads and dlse 34 and 43, 32 x 64 with dropout 2
+# (sm_80). Float32 is multiplied outside the tensor cores, from registers, and takes smaller ones.
 TILES = {
     ("forward", 2): [(128, _tiles(128, 64, 8, 3)), (512, _tiles(64, 32, 8, 2))],
     ("key_gradients", 2): [(128, _tiles(64, 32, 8, 2)), (512, _tiles(32, 32, 8, 1))],

@@ -5,8 +5,9 @@
   gradient  weight · (p − t + ε (t − 1 / V) + 2 z lse p) with p = exp(x − m) / s and t = [column = y], times 1 − tanh²
             where a softcap made x; `weight` is the gradient of the row's loss, 1 / count and all, 0 for an ignored row
   rows      up to 8192 logits: whole rows in registers, several in one program while they are short, so that the logits
-            are read once and the gradient written once. Longer rows pass twice, 4096 at a time: once for m and s, rescaling s when m grows, once for the gradient.
-            A row of 50257 in bfloat16 has 100 KB, and those in flight stay in the L2 cache between the two passes.
+            are read once and the gradient written once. Longer rows pass twice, 4096 at a time: once for m and s,
+            rescaling s when m grows, once for the gradient. A row of 50257 in bfloat16 has 100 KB, and those in flight
+            stay in the L2 cache between the two passes.
 The gradient can be made in the forward or in the backward by the same code: then m and s, the normalisers, are read.
 No logits are copied, in no dtype, and nothing is added up by two programs. A target out of range reads nothing and
 makes its row's loss and gradient NaN.
@@ -14,7 +15,8 @@ makes its row's loss and gradient NaN.
 In kernels X, Y … are pointers and x, y … values. N rows of V logits; X's rows are row_stride apart, DX's V.
 """
 
-# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators, disable-error-code="no-any-return"
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+# mypy: disable-error-code="no-any-return"
 
 import functools
 from typing import Any
@@ -31,7 +33,7 @@ LONGEST_WHOLE_ROW = 8192
 _VARIABLE = ["N", "ignore_index"]  # one compilation serves all values
 
 
-# ------------------------------------------------------------------------------------------------- what the kernels share
+# ------------------------------------------------------------------------------------------------ what they share
 
 
 @triton.jit
@@ -83,7 +85,7 @@ def gradients_of(
     return dx * weight * slope
 
 
-# --------------------------------------------------------------------------------------------------------------- kernels
+# -------------------------------------------------------------------------------------------------------- kernels
 
 
 @triton.jit(do_not_specialize=_VARIABLE)
@@ -93,7 +95,7 @@ def whole_rows_kernel(
     FORWARD: tl.constexpr, PER_ROW: tl.constexpr,
     SMOOTHED: tl.constexpr, WITH_Z: tl.constexpr, CAPPED: tl.constexpr, ROWS: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows in one tile (ROWS, BLOCK_V). FORWARD: make losses and normalisers; DX: where the gradient goes, or None."""
+    """ROWS rows in one tile (ROWS, BLOCK_V). FORWARD: make losses and normalisers; DX: for the gradient, or None."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK_V)[None, :]
     here = rows < N
@@ -244,7 +246,7 @@ def scale_kernel(DX, FACTOR, N, BLOCK: tl.constexpr):
             tl.store(DX + at, narrow(dx, DX.dtype.element_ty), mask=at < N)
 
 
-# -------------------------------------------------------------------------------------------------------------- launches
+# ------------------------------------------------------------------------------------------------------------- launches
 
 
 def softmax_cross_entropy_forward(
@@ -305,7 +307,7 @@ def softmax_cross_entropy_backward(
 
 
 def scale_(gradient: Tensor, factor: Tensor) -> None:
-    """gradient ← factor · gradient, for a contiguous gradient and one number that the GPU holds. Nothing is moved for 1."""
+    """gradient ← factor · gradient, contiguous, for one number that the GPU holds. Nothing is moved for 1."""
     if gradient.numel() == 0:
         return
     with torch.cuda.device_of(gradient):

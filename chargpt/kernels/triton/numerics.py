@@ -5,7 +5,8 @@ from float32 cuts the low half off. So products and conversions go through `dot`
 `INTERPRETED` is a compile-time constant, and the other branch leaves nothing behind.
 """
 
-# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators, disable-error-code="no-any-return"
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+# mypy: disable-error-code="no-any-return"
 
 import triton
 import triton.language as tl

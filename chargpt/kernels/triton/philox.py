@@ -4,7 +4,8 @@ Triton's `tl.philox` is the same generator, Philox 4x32-10, with the two halves 
 decides for four neighbouring keys, so a quarter of a tile's columns is generated and its four words are interleaved.
 """
 
-# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators, disable-error-code="no-any-return"
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+# mypy: disable-error-code="no-any-return"
 
 import triton
 import triton.language as tl

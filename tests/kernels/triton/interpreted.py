@@ -3,7 +3,7 @@
 By hand: TRITON_INTERPRET=1 python -m pytest tests/kernels/triton/interpreted.py -k … (and -m '' for the slow ones too).
 """
 
-# ruff: noqa: E402, I001 - the interpreter is made ready before the kernels are imported
+# ruff: noqa: I001 - the interpreter is made ready before the kernels are imported
 import math
 from typing import Any
 
