@@ -4,6 +4,8 @@
 //
 // For sm_80 and up. float32 with D > 128 needs 133 KiB of shared memory a block for the backward pass and 100 KiB for
 // the forward one, which sm_86, sm_89 and sm_120 do not have; there the launch fails with cudaErrorInvalidValue.
+// In 16-bit dtypes the backward pass takes lse to a power of 2: gradients are as right as lse · 10⁻⁷ is small, so up to
+// scores of some 10⁴; larger ones stay finite.
 //
 // Nothing here allocates or synchronises. All pointers are device memory of the current device; work is queued on
 // `stream`. What is returned is the first error of a launch, cudaSuccess otherwise.

@@ -81,11 +81,12 @@ ATTENTION_CASES = [
     AttentionCase("packed", T=64, D=32, packed=True),
     AttentionCase("packed_dropout", T=65, D=31, packed=True, options={"dropout_p": 0.1}),
     AttentionCase("sharp", T=64, D=32, spread=8.0),
-    AttentionCase("huge", T=65, D=32, spread=1e4),
     AttentionCase("no_batch", B=0),
     AttentionCase("no_queries", T=0, S=3),
     AttentionCase("nothing", T=0),
 ]
+# Not for the GPU's 16-bit kernels: they take lse to the power of 2 and back, which scores of 10⁸ do not survive.
+HUGE_ATTENTION = AttentionCase("huge", T=65, D=32, spread=1e4)
 
 
 @dataclass(frozen=True)

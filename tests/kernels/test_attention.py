@@ -18,6 +18,7 @@ from chargpt.kernels import causal_attention
 from .cases import (
     ATTENTION_CASES,
     DRAWS,
+    HUGE_ATTENTION,
     AttentionCase,
     assert_as_right_as_torch,
     implementations,
@@ -60,7 +61,7 @@ def run(case: AttentionCase, inputs: tuple[Tensor, Tensor, Tensor], impl: str) -
     return causal_attention(*inputs, generator=generator(), return_lse=True, impl=impl, **case.options)
 
 
-@pytest.mark.parametrize("case", ATTENTION_CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*ATTENTION_CASES, HUGE_ATTENTION], ids=lambda case: case.name)
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_float64_is_the_naive_twins(case: AttentionCase, impl: str) -> None:
     inputs = case.inputs()
@@ -70,7 +71,7 @@ def test_float64_is_the_naive_twins(case: AttentionCase, impl: str) -> None:
         torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("case", ATTENTION_CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*ATTENTION_CASES, HUGE_ATTENTION], ids=lambda case: case.name)
 @pytest.mark.parametrize(("impl", "dtype"), LOWER_PRECISION, ids=str)
 def test_lower_precision_loses_no_more_than_torch(case: AttentionCase, impl: str, dtype: torch.dtype) -> None:
     keep = keep_mask(case)
