@@ -1,7 +1,7 @@
 // The native module `chargpt._native`: where the C++ kernels meet torch and Python (the CUDA kernels do in
-// bindings_cuda.cpp). It checks, allocates, spreads the
-// rows over torch's threads, and connects the kernels to autograd. chargpt/kernels/cpp.py makes operators of it.
-// torch/extension.h would cost a minute of compile time, so only what is used is included.
+// bindings_cuda.cpp). It checks, allocates, spreads the rows over torch's threads, and connects the kernels to autograd.
+// chargpt/kernels/cpp.py makes operators of it. torch/extension.h would cost a minute of compile time, so only what is
+// used is included.
 
 #include <ATen/Parallel.h>
 #include <ATen/TensorSubclassLikeUtils.h>

@@ -127,9 +127,9 @@ def softmax_cross_entropy(
     impl: "auto", or the name of an implementation
     returns: float32, or float64 for float64 logits
 
-    Raises IndexError for a target out of range on the CPU; on a GPU, which nobody waits for, the CUDA and Triton kernels
-    make its row's loss and gradient NaN, and the reference's device asserts. ValueError for tensors that do not fit
-    together, ConfigError when `impl` cannot run.
+    Raises IndexError for a target out of range on the CPU; on a GPU, which nobody waits for, the CUDA and Triton
+    kernels make its row's loss and gradient NaN, and the reference's device asserts. ValueError for tensors that do
+    not fit together, ConfigError when `impl` cannot run.
     """
     _check_cross_entropy(logits, targets, label_smoothing, z_loss, softcap, reduction)
     chosen = registry.IMPLEMENTATIONS[registry.choose("softmax_cross_entropy", logits.device.type, logits.dtype, impl)]
