@@ -1,4 +1,4 @@
-"""The two operations where the time goes: causal attention and softmax cross-entropy.
+"""The operations where the time goes: causal attention, softmax cross-entropy, and a block's small passes over memory.
 
 The function fixes the mathematics, `impl` chooses who computes it (see registry.py); reference.py is the specification.
 """
@@ -13,13 +13,17 @@ from chargpt.kernels import registry
 from chargpt.kernels.registry import available_implementations, describe_implementations, resolve
 
 __all__ = [
+    "add_rms_norm",
     "available_implementations",
     "causal_attention",
     "describe_implementations",
+    "qkv_heads",
+    "relu_squared",
     "resolve",
     "softmax_cross_entropy",
 ]
 
+_HALVES = (torch.bfloat16, torch.float16)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -150,6 +154,76 @@ def softmax_cross_entropy(
         raise
 
 
+def add_rms_norm(x: Tensor, y: Tensor | None = None, *, impl: str = "auto") -> tuple[Tensor, Tensor]:
+    """Add a branch to the residual stream and normalise the sum: s = x + y and s / sqrt(mean(s²) + 10⁻⁶).
+
+    The mean runs over the last axis; there is no gain (Zhang & Sennrich 2019, arXiv 1910.07467, equation 4).
+
+    x: (..., C), floating; any strides
+    y: as x, in its dtype, bfloat16 or float16; None: nothing is added, and the first result is x itself
+    impl: "auto", or the name of an implementation; "cuda" and "triton" have no such kernel and mean the reference
+    returns: s in the dtype of x; the norm, computed in float32 (float64 for float64), in the autocast region's dtype
+        where there is one and x is not float64, else in the dtype of x
+
+    Raises ValueError for tensors that do not fit together, ConfigError when `impl` cannot run.
+    """
+    _check_add_rms_norm(x, y)
+    in_region = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+    dtype = torch.get_autocast_dtype(x.device.type) if in_region else x.dtype
+    chosen = registry.IMPLEMENTATIONS[registry.choose("add_rms_norm", x.device.type, x.dtype, impl)]
+    assert chosen.add_rms_norm is not None
+    return chosen.add_rms_norm(x, y, dtype=dtype)  # type: ignore[no-any-return]
+
+
+def qkv_heads(
+    qkv: Tensor,
+    value_rows: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    *,
+    n_head: int,
+    n_kv_head: int,
+    qk_norm: bool,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values for `causal_attention` from the packed projection, normalised and rotated in one pass.
+
+    qkv: (B, T, (H + 2 H_kv) D), floating: the heads of q, then of k, then of v; any strides
+    value_rows: (B, T, H_kv D), floating: added to v
+    cos, sin: (T', D/2) in float32 with T' ≥ T: position t turns channels i and i + D/2 of each head of q and k by the
+        angle of row t (Su et al. 2021, arXiv 2104.09864, equation 34). They get no gradient. None: no rotation
+    n_head, n_kv_head: H and H_kv
+    qk_norm: divide each head of q and k by sqrt(mean over D of its squares + 10⁻⁶), before it is rotated
+    impl: "auto", or the name of an implementation; "cuda" and "triton" have no such kernel and mean the reference
+    returns: q (B, H, T, D), k and v (B, H_kv, T, D), in the dtype of qkv, computed in float32 (float64 for float64)
+        and rounded once. They may share memory with qkv, so do not write into them.
+
+    Raises ValueError for tensors that do not fit together, ConfigError when `impl` cannot run.
+    """
+    _check_qkv_heads(qkv, value_rows, cos, sin, n_head, n_kv_head)
+    chosen = registry.IMPLEMENTATIONS[registry.choose("qkv_heads", qkv.device.type, qkv.dtype, impl)]
+    assert chosen.qkv_heads is not None
+    return chosen.qkv_heads(  # type: ignore[no-any-return]
+        qkv, value_rows, cos, sin, n_head=n_head, n_kv_head=n_kv_head, qk_norm=qk_norm
+    )
+
+
+def relu_squared(x: Tensor, *, impl: str = "auto") -> Tensor:
+    """max(x, 0)², the activation of So et al. 2021, arXiv 2109.08668.
+
+    x: any shape and strides, floating
+    impl: "auto", or the name of an implementation; "cuda" and "triton" have no such kernel and mean the reference
+    returns: as x
+
+    Raises ValueError for an x that is not floating, ConfigError when `impl` cannot run.
+    """
+    if not x.dtype.is_floating_point:
+        raise ValueError(f"x must have a floating dtype, got {x.dtype}")
+    chosen = registry.IMPLEMENTATIONS[registry.choose("relu_squared", x.device.type, x.dtype, impl)]
+    assert chosen.relu_squared is not None
+    return chosen.relu_squared(x)  # type: ignore[no-any-return]
+
+
 def _check_attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, window: int | None) -> None:
     if q.dim() != 4 or k.dim() != 4:
         raise ValueError(f"q must be (B, H, T, D) and k (B, H_kv, S, D), got {_shape(q)} and {_shape(k)}")
@@ -194,6 +268,55 @@ def _check_cross_entropy(
         raise ValueError(f"softcap must be positive or None, got {softcap}")
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"reduction must be none, mean or sum, got {reduction!r}")
+
+
+def _check_add_rms_norm(x: Tensor, y: Tensor | None) -> None:
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"x must be (..., C) with C at least 1, got {_shape(x)}")
+    if not x.dtype.is_floating_point:
+        raise ValueError(f"x must have a floating dtype, got {x.dtype}")
+    if y is None:
+        return
+    if y.shape != x.shape:
+        raise ValueError(f"x and y must have one shape, got {_shape(x)} and {_shape(y)}")
+    if y.dtype != x.dtype and y.dtype not in _HALVES:
+        raise ValueError(f"y must have the dtype of x, bfloat16 or float16, got {y.dtype} beside {x.dtype}")
+    if y.device != x.device:
+        raise ValueError(f"x and y must be on one device, got {x.device} and {y.device}")
+
+
+def _check_qkv_heads(
+    qkv: Tensor, value_rows: Tensor | None, cos: Tensor | None, sin: Tensor | None, n_head: int, n_kv_head: int
+) -> None:
+    if n_head < 1 or n_kv_head < 1:
+        raise ValueError(f"n_head and n_kv_head must be at least 1, got {n_head} and {n_kv_head}")
+    heads = n_head + 2 * n_kv_head
+    if qkv.dim() != 3 or qkv.shape[2] == 0 or qkv.shape[2] % heads:
+        raise ValueError(f"qkv must be (B, T, {heads} D) with D at least 1, got {_shape(qkv)}")
+    B, T, D = qkv.shape[0], qkv.shape[1], qkv.shape[2] // heads
+    if not qkv.dtype.is_floating_point:
+        raise ValueError(f"qkv must have a floating dtype, got {qkv.dtype}")
+    if value_rows is not None:
+        if value_rows.shape != (B, T, n_kv_head * D) or not value_rows.dtype.is_floating_point:
+            raise ValueError(
+                f"value_rows must be floating {(B, T, n_kv_head * D)} beside qkv {_shape(qkv)}, "
+                f"got {value_rows.dtype} {_shape(value_rows)}"
+            )
+        if value_rows.device != qkv.device:
+            raise ValueError(f"qkv and value_rows must be on one device, got {qkv.device} and {value_rows.device}")
+    if cos is None and sin is None:
+        return
+    if cos is None or sin is None:
+        raise ValueError("cos and sin must be given together")
+    if D % 2 or cos.dim() != 2 or cos.shape != sin.shape or cos.shape[0] < T or cos.shape[1] != D // 2:
+        raise ValueError(
+            f"cos and sin must be (at least {T}, {D}/2) for even heads of D={D}, got {_shape(cos)} and {_shape(sin)}"
+        )
+    if cos.dtype != torch.float32 or sin.dtype != torch.float32 or not cos.device == sin.device == qkv.device:
+        raise ValueError(
+            f"cos and sin must be float32 on the device of qkv, {qkv.device}, "
+            f"got {cos.dtype} on {cos.device} and {sin.dtype} on {sin.device}"
+        )
 
 
 def _check_targets(targets: Tensor, V: int, ignore_index: int) -> None:

@@ -1,4 +1,4 @@
-"""Both operations in plain PyTorch: the specification that every other implementation is tested against.
+"""The operations in plain PyTorch: the specification that every other implementation is tested against.
 
 Written for reading, differentiated by autograd. It computes in float32, or in float64 for float64 inputs, whatever
 the autocast region around it says, and keeps whole (T, S) and (N, V) matrices, which the fused kernels exist to avoid.
@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from chargpt.kernels.philox import dropout_keep_mask
+
+RMS_EPS = 1e-6  # added to the mean square of a row before it divides
 
 
 def causal_attention(
@@ -86,6 +88,67 @@ def softmax_cross_entropy(
         if reduction == "sum":
             return loss.sum()
         return loss.sum() / valid.sum().clamp(min=1)
+
+
+def add_rms_norm(x: Tensor, y: Tensor | None, *, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """s = x + y, and s / sqrt(mean(s²) + ε) over the last axis. Zhang & Sennrich 2019, arXiv 1910.07467, equation 4.
+
+    x, y: (..., C)
+    returns: s in the dtype of x, rounded before it is normalised; the norm in `dtype`, computed in the computing dtype
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        s = x if y is None else (x + y).to(x.dtype)
+        return s, _rms_norm(s.to(_computing_dtype(s))).to(dtype)
+
+
+def qkv_heads(
+    qkv: Tensor,
+    value_rows: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    *,
+    n_head: int,
+    n_kv_head: int,
+    qk_norm: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The heads of a packed projection: q and k normalised and rotated, v with rows added. See `chargpt.kernels`.
+
+    qkv: (B, T, (H + 2 H_kv) D); value_rows: (B, T, H_kv D); cos, sin: (T', D/2)
+    returns: q (B, H, T, D), k and v (B, H_kv, T, D) in the dtype of qkv, rounded once
+    """
+    dtype = _computing_dtype(qkv)
+    with torch.autocast(qkv.device.type, enabled=False):
+        heads = qkv.unflatten(-1, (n_head + 2 * n_kv_head, -1)).transpose(1, 2)  # (B, H + 2 H_kv, T, D)
+        qk, v = heads.split([n_head + n_kv_head, n_kv_head], dim=1)
+        if qk_norm or cos is not None:
+            qk = qk.to(dtype)
+            if qk_norm:
+                qk = _rms_norm(qk)
+            if cos is not None and sin is not None:
+                T = qkv.shape[1]
+                qk = _rotate(qk, cos[:T].detach().to(dtype), sin[:T].detach().to(dtype))
+            qk = qk.to(qkv.dtype)
+        if value_rows is not None:
+            rows = value_rows.unflatten(-1, (n_kv_head, -1)).transpose(1, 2)
+            v = (v + rows).to(qkv.dtype)
+        q, k = qk.split([n_head, n_kv_head], dim=1)
+    return q, k, v
+
+
+def relu_squared(x: Tensor) -> Tensor:
+    """max(x, 0)². So et al. 2021, arXiv 2109.08668, section 3."""
+    with torch.autocast(x.device.type, enabled=False):
+        return F.relu(x).square()
+
+
+def _rms_norm(x: Tensor) -> Tensor:
+    return F.rms_norm(x, x.shape[-1:], eps=RMS_EPS)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Channels i and i + D/2 turned by the angle of their position. Su et al. 2021, arXiv 2104.09864, equation 34."""
+    a, b = x.chunk(2, dim=-1)  # (B, H, T, D/2) each
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 
 def _computing_dtype(x: Tensor) -> torch.dtype:

@@ -22,8 +22,11 @@ from chargpt.errors import ConfigError
 from chargpt.kernels import cpp, cuda, native, reference, triton
 from chargpt.kernels.triton import operators as triton_operators
 
-Operation = Literal["causal_attention", "softmax_cross_entropy"]
+Operation = Literal["causal_attention", "softmax_cross_entropy", "add_rms_norm", "qkv_heads", "relu_squared"]
 OPERATIONS: tuple[Operation, ...] = typing.get_args(Operation)
+# The small ones. An implementation without them leaves them to the reference, also when it is asked for by name, so
+# that one name serves a whole model. On a GPU they are a compiler's work: torch.compile fuses the reference.
+SMALL: tuple[Operation, ...] = ("add_rms_norm", "qkv_heads", "relu_squared")
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,9 @@ class Implementation:
     summary: str
     causal_attention: Callable[..., Any] | None = None  # None: not in this version of chargpt
     softmax_cross_entropy: Callable[..., Any] | None = None
+    add_rms_norm: Callable[..., Any] | None = None
+    qkv_heads: Callable[..., Any] | None = None
+    relu_squared: Callable[..., Any] | None = None
     devices: tuple[str, ...] | None = None  # device types it runs on; None: all
     dtypes: tuple[torch.dtype, ...] | None = None  # dtypes it takes; None: all floating ones
     problem: Callable[[], str | None] = lambda: None  # why it cannot run in this process
@@ -72,6 +78,9 @@ IMPLEMENTATIONS = (
         "the reference in PyTorch, on any device",
         reference.causal_attention,
         reference.softmax_cross_entropy,
+        reference.add_rms_norm,
+        reference.qkv_heads,
+        reference.relu_squared,
     ),
 )
 
@@ -112,6 +121,8 @@ def resolve(operation: Operation, device: torch.device | str, dtype: torch.dtype
         return Choice(name, "; ".join(reasons) or "first choice")
     if impl not in refusals:
         raise ConfigError(f"kernels must be one of auto, {', '.join(refusals)}; got {impl!r}")
+    if operation in SMALL and refusals[impl] == _has_no(operation):
+        return Choice(IMPLEMENTATIONS[-1].name, f"{impl} leaves it to the reference")
     if refusals[impl] is not None:
         raise ConfigError(f"kernels={impl} cannot run {operation}: {refusals[impl]}; use kernels=auto or kernels=torch")
     return Choice(impl, "asked for by name")
@@ -142,17 +153,21 @@ def _absence(entry: Implementation) -> str | None:
 
 def _limits(entry: Implementation) -> str:
     """What an implementation that can run here leaves to others, as the end of a sentence."""
-    missing = [operation for operation in OPERATIONS if getattr(entry, operation) is None]
+    missing = [operation for operation in OPERATIONS if operation not in SMALL and getattr(entry, operation) is None]
     return f", without {' and '.join(missing)}" if missing else ""
 
 
 def _refusal(entry: Implementation, operation: Operation, device_type: str, dtype: torch.dtype) -> str | None:
     if (absence := _absence(entry)) is not None:
         return absence
-    if getattr(entry, operation) is None:
-        return f"it has no {operation}"
     if entry.devices is not None and device_type not in entry.devices:
         return f"it runs on {' and '.join(entry.devices)}, not on {device_type}"
     if entry.dtypes is not None and dtype not in entry.dtypes:
         return f"it takes {', '.join(str(dtype) for dtype in entry.dtypes)}, not {dtype}"
+    if getattr(entry, operation) is None:
+        return _has_no(operation)
     return None
+
+
+def _has_no(operation: Operation) -> str:
+    return f"it has no {operation}"

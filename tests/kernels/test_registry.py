@@ -21,7 +21,7 @@ from chargpt.kernels import (
     resolve,
     softmax_cross_entropy,
 )
-from chargpt.kernels.registry import Implementation
+from chargpt.kernels.registry import Choice, Implementation
 
 
 def test_the_reference_is_always_available_and_the_rest_say_why_not() -> None:
@@ -37,7 +37,7 @@ def test_the_reference_is_always_available_and_the_rest_say_why_not() -> None:
 
 
 @given(
-    st.sampled_from(["causal_attention", "softmax_cross_entropy"]),
+    st.sampled_from(registry.OPERATIONS),
     st.sampled_from(["cpu", "cuda", "cuda:1", "mps", "meta"]),
     st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
 )
@@ -97,7 +97,7 @@ def with_problems(monkeypatch: pytest.MonkeyPatch, **problems: str | None) -> No
     monkeypatch.setattr(registry, "IMPLEMENTATIONS", tuple(table))
 
 
-@pytest.mark.parametrize("operation", registry.OPERATIONS)
+@pytest.mark.parametrize("operation", ["causal_attention", "softmax_cross_entropy"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
     ("problems", "chosen"),
@@ -122,6 +122,19 @@ def test_auto_on_a_gpu_takes_cuda_then_triton(
     before = list(problems)[: list(problems).index(chosen)] if chosen in problems else problems
     assert all(f"not {name}, because {problems[name]}" in choice.reason for name in before)
     assert resolve(operation, "cpu", dtype).name in ("cpp", "torch")
+
+
+@pytest.mark.parametrize("operation", registry.SMALL)
+def test_the_small_operations_on_a_gpu_are_the_references_whatever_name_a_model_gives(
+    monkeypatch: pytest.MonkeyPatch, operation: registry.Operation
+) -> None:
+    with_problems(monkeypatch, cuda=None, triton="not installed")
+    assert resolve(operation, "cuda", torch.float32).name == "torch"
+    assert resolve(operation, "cuda", torch.float32, "cuda") == Choice("torch", "cuda leaves it to the reference")
+    with pytest.raises(ConfigError, match=f"kernels=triton cannot run {operation}: not installed"):
+        resolve(operation, "cuda", torch.float32, "triton")
+    with pytest.raises(ConfigError, match=f"kernels=cuda cannot run {operation}: it runs on cuda, not on cpu"):
+        resolve(operation, "cpu", torch.float32, "cuda")
 
 
 @pytest.mark.parametrize("name", ["cuda", "triton"])
