@@ -89,8 +89,10 @@ class TransformerConfig:
     tied_head: bool = True  # the output head is the token embedding
     logit_softcap: float | None = None  # c · tanh(logits / c)
     value_embeddings: bool = False  # a token embedding added to the values of every layer
+    bigram_embeddings: bool = False  # an embedding of each pair of neighbours added to the token embedding
     dropout: float = 0.0
     bias: bool = False  # in linear layers and LayerNorms
+    init: Literal["gpt2", "torch"] = "gpt2"  # N(0, 0.02), or torch's own, as in the lecture
 
     def __post_init__(self) -> None:
         for name in ("block_size", "n_layer", "n_head", "n_embd"):

@@ -11,6 +11,7 @@ from torch import nn
 
 from chargpt.config import BigramConfig, ModelConfig, TransformerConfig
 from chargpt.data import Splits, random_batch
+from chargpt.kernels import qkv_heads
 from chargpt.models import Transformer, build_model, parameter_count
 
 V = 11  # symbols
@@ -45,7 +46,9 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "tied_head": (True, False),
     "logit_softcap": (None, 5.0),
     "value_embeddings": (False, True),
+    "bigram_embeddings": (False, True),
     "bias": (False, True),
+    "init": ("gpt2", "torch"),
 }
 
 
@@ -253,10 +256,12 @@ def test_a_tied_head_is_the_embedding_and_counts_once() -> None:
 
 
 def test_initial_weights_have_gpt2s_widths() -> None:
-    config = TransformerConfig(n_layer=3, n_embd=256, bias=True, tied_head=False, value_embeddings=True)
+    config = TransformerConfig(
+        n_layer=3, n_embd=256, bias=True, tied_head=False, value_embeddings=True, bigram_embeddings=True
+    )
     model = build_model(config, vocab_size=300, seed=0)
     for name, parameter in model.named_parameters():
-        if name.endswith("bias") or "value_embedding" in name:
+        if name.endswith("bias") or "value_embedding" in name or "bigram_embedding" in name:
             assert (parameter == 0).all(), name
         elif "norm" in name:
             assert (parameter == 1).all(), name
@@ -283,14 +288,47 @@ def test_a_softcap_bounds_the_logits_by_its_formula(cap: float) -> None:
     torch.testing.assert_close(capped(x)[0], cap * torch.tanh(logits / cap))
 
 
-def test_value_embeddings_begin_as_the_model_without_them() -> None:
-    without = build_model(tiny(), V, seed=0)
-    with_them = build_model(tiny(value_embeddings=True), V, seed=1)
-    missing = with_them.load_state_dict(without.state_dict(), strict=False)
-    assert missing.missing_keys == [f"blocks.{i}.attention.value_embedding.weight" for i in range(2)]
+@pytest.mark.parametrize("init", ["gpt2", "torch"])
+@pytest.mark.parametrize("part", ["value_embeddings", "bigram_embeddings"])
+def test_added_embeddings_begin_as_the_same_seed_without_them(part: str, init: str) -> None:
+    without, with_them = (build_model(tiny(init=init, **{part: on}), V, seed=0) for on in (False, True))
+    assert parameter_count(with_them) > parameter_count(without)
     x, y = batch()
     for a, b in zip(without(x, y), with_them(x, y), strict=True):
         assert torch.equal(a, b)
+
+
+def test_models_of_one_seed_share_the_weights_of_the_parts_they_share() -> None:
+    plain = build_model(tiny(), V, seed=0).state_dict()
+    other = build_model(tiny(position="rotary", mlp="relu2", n_layer=2, qk_norm=True, tied_head=False), V, seed=0)
+    shared = plain.keys() & other.state_dict().keys()
+    assert {"token_embedding.weight", "blocks.1.attention.qkv.weight", "blocks.1.mlp.projection.weight"} <= shared
+    assert all(torch.equal(plain[name], other.state_dict()[name]) for name in shared)
+    assert not torch.equal(plain["blocks.0.mlp.expand.weight"], plain["blocks.1.mlp.expand.weight"])
+
+
+def test_torchs_init_is_that_of_torchs_layers() -> None:
+    model = build_model(TransformerConfig(n_layer=1, n_embd=256, tied_head=False, init="torch"), 300, seed=0)
+    assert model.token_embedding.weight.std().item() == pytest.approx(1, rel=0.03)
+    for layer in (model.blocks[0].attention.qkv, model.blocks[0].mlp.projection, model.head):
+        bound = 1 / math.sqrt(layer.in_features)  # as nn.Linear's own: kaiming_uniform_ with a = √5
+        assert 0.99 * bound < layer.weight.abs().max().item() <= bound
+        assert layer.weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.03)
+
+
+@pytest.mark.parametrize(("vocab_size", "rows"), [(11, 121), (256, 2**16), (300, 2**16)])
+def test_bigram_embeddings_have_a_row_for_each_pair_or_share_evenly(vocab_size: int, rows: int) -> None:
+    model = build_model(tiny(bigram_embeddings=True), vocab_size, seed=0)
+    first, second = torch.meshgrid(torch.arange(vocab_size), torch.arange(vocab_size), indexing="ij")
+    pairs = torch.stack([first.flatten(), second.flatten()], dim=1)  # (V², 2): every pair once
+    counts = model._bigrams(pairs)[:, 1].bincount(minlength=rows)
+    assert model.bigram_embedding.weight.shape == (rows, 16)
+    assert counts.numel() == rows
+    assert counts.max() <= (1 if rows == vocab_size**2 else 3 * vocab_size**2 / rows)
+    idx = torch.tensor([[3, 5, 5]])
+    same = model._bigrams(torch.tensor([[3, 3, 5]]))[0]
+    assert torch.equal(model._bigrams(idx)[0, 1], same[2])  # (3, 5) wherever it stands
+    assert torch.equal(model._bigrams(idx)[0, 0], same[1])  # the first token stands for both
 
 
 def test_value_embeddings_add_a_row_of_their_table_to_the_values() -> None:
@@ -302,21 +340,29 @@ def test_value_embeddings_add_a_row_of_their_table_to_the_values() -> None:
     torch.testing.assert_close(model(idx)[0][0, 0], model.head.weight @ value)
 
 
+def rotated(x: torch.Tensor) -> torch.Tensor:
+    """Queries x (B, H, T, D) as a model with rotary positions and one such head turns them."""
+    model = build_model(tiny(position="rotary", block_size=32, n_head=1, n_embd=x.size(-1)), V, 0)
+    qkv = torch.cat([x, x, x], dim=-1).flatten(0, 1)  # one head each
+    cos, sin = model.blocks[0].attention.rotary.angles()
+    q, k, _ = qkv_heads(qkv, None, cos, sin, n_head=1, n_kv_head=1, qk_norm=False, impl="torch")
+    assert torch.equal(q, k)
+    return q.view(x.shape)
+
+
 def test_rotary_scores_depend_on_distance_alone() -> None:
-    rotary = build_model(tiny(position="rotary", block_size=32), V, 0).double().blocks[0].attention.rotary
     q, k = torch.randn(2, 1, 1, 1, 4, dtype=torch.float64)
-    scores = rotary(q.expand(1, 1, 32, 4)) @ rotary(k.expand(1, 1, 32, 4)).mT  # (1, 1, 32, 32)
+    scores = rotated(q.expand(1, 1, 32, 4)) @ rotated(k.expand(1, 1, 32, 4)).mT  # (1, 1, 32, 32)
     for distance in range(-31, 32):
         diagonal = scores[0, 0].diagonal(distance)
         torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), atol=1e-5, rtol=0)  # float32 angles
-    torch.testing.assert_close(rotary(q)[..., 0, :], q[..., 0, :])  # position 0 turns nothing
+    torch.testing.assert_close(rotated(q)[..., 0, :], q[..., 0, :])  # position 0 turns nothing
     assert scores[0, 0, 0].std() > 1e-3
 
 
 def test_rotary_is_multiplication_by_a_unit_complex_number() -> None:
-    rotary = build_model(tiny(position="rotary", block_size=32, n_embd=32), V, 0).blocks[0].attention.rotary  # D = 8
     x = torch.randn(2, 3, 32, 8)
-    turned = rotary(x)
+    turned = rotated(x)
     z = torch.complex(x[..., :4], x[..., 4:])
     angle = torch.arange(32)[:, None] * 10000.0 ** (-2 * torch.arange(4) / 8)
     wanted = z * torch.polar(torch.ones_like(angle), angle)
@@ -455,7 +501,7 @@ def test_gradients_are_those_of_finite_differences(parts: dict[str, Any]) -> Non
     gradients = torch.autograd.grad(model(x, y)[1], parameters)
     generator = torch.Generator().manual_seed(2)
     direction = [torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in parameters]
-    step, losses = 1e-6, []
+    step, losses = 1e-7, []  # short, so that no ReLU is likely to lie between the two points
     with torch.no_grad():
         for sign in (1, -2):  # to +step, then to −step
             for parameter, along in zip(parameters, direction, strict=True):

@@ -9,7 +9,7 @@ from torch import nn
 
 from chargpt.config import BigramConfig, OptimizerConfig, ScheduleConfig, TransformerConfig
 from chargpt.models import build_model
-from chargpt.optim import build_optimizers, learning_rate_scale, muon_parameters, set_learning_rate
+from chargpt.optim import BatchedMuon, build_optimizers, learning_rate_scale, muon_parameters, set_learning_rate
 
 EVERYTHING = TransformerConfig(
     block_size=7, n_layer=2, n_head=2, n_embd=8, bias=True, tied_head=False, value_embeddings=True, norm="layernorm"
@@ -87,6 +87,27 @@ def test_a_few_steps_lower_the_loss_and_move_everything(
     assert model(x, y)[1].item() < first
     for name, parameter in model.named_parameters():
         assert not torch.equal(parameter, before[name]), name
+
+
+def test_muon_on_stacked_matrices_is_torchs_muon() -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(24, 8), (8, 8), (32, 8), (8, 32), (1, 8), (8, 1)] * 3 + [(5, 7)]  # three layers, and one of a kind
+    ours, theirs = ([nn.Parameter(torch.randn(shape)) for shape in shapes] for _ in range(2))
+    for a, b in zip(ours, theirs, strict=True):
+        b.data.copy_(a.data)
+    options = {"lr": 0.03, "momentum": 0.9, "weight_decay": 0.2}
+    optimizers = [BatchedMuon(ours, **options), torch.optim.Muon(theirs, **options)]
+    for step in range(4):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = torch.randn(a.shape, generator=generator)
+            b.grad = a.grad.clone()
+        ours[step].grad = theirs[step].grad = None  # a parameter that took no part keeps its value and momentum
+        for optimizer in optimizers:
+            optimizer.step()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, atol=2e-3, rtol=0)  # bfloat16 products may add in another order
+    states = [optimizer.state_dict()["state"] for optimizer in optimizers]
+    assert all(torch.equal(states[0][i]["momentum_buffer"], states[1][i]["momentum_buffer"]) for i in states[1])
 
 
 def test_adamw_is_its_published_update() -> None:

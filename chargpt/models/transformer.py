@@ -5,27 +5,47 @@ H query heads, H_kv key and value heads, D = C / H, V vocabulary.
 """
 
 import math
+import zlib
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from chargpt.config import TransformerConfig
-from chargpt.kernels import causal_attention, softmax_cross_entropy
+from chargpt.kernels import add_rms_norm, causal_attention, qkv_heads, relu_squared, softmax_cross_entropy
+
+BIGRAM_ROWS = 2**16  # the most that a table of token pairs takes
 
 
-def build_norm(config: TransformerConfig) -> nn.Module:
-    if config.norm == "layernorm":
-        return nn.LayerNorm(config.n_embd, bias=config.bias)
-    if config.norm == "rmsnorm":
-        return nn.RMSNorm(config.n_embd)
-    return nn.Identity()
+class AddNorm(nn.Module):
+    """Adds a branch to the residual stream and normalises the sum for the next branch: `norm(x + f(x))` reads once.
+
+    Without a residual stream the branch takes its place. RMSNorm (Zhang and Sennrich 2019, arXiv 1910.07467) has no
+    gain here: the linear layer behind it can hold one.
+    """
+
+    def __init__(self, config: TransformerConfig, kernels: str) -> None:
+        super().__init__()
+        self.kind, self.residual, self.kernels = config.norm, config.residual, kernels
+        layernorm = config.norm == "layernorm"
+        self.weight = nn.Parameter(torch.ones(config.n_embd)) if layernorm else None
+        self.bias = nn.Parameter(torch.zeros(config.n_embd)) if layernorm and config.bias else None
+
+    def forward(
+        self, x: torch.Tensor, branch: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # (B, T, C) each
+        if branch is not None and not self.residual:
+            x, branch = branch, None
+        if self.kind == "rmsnorm":
+            return add_rms_norm(x, branch, impl=self.kernels)
+        x = x if branch is None else x + branch
+        return x, F.layer_norm(x, x.shape[-1:], self.weight, self.bias) if self.kind == "layernorm" else x
 
 
 class RotaryPositions(nn.Module):
-    """Rotates pairs of channels by an angle that grows with the position (Su et al. 2021, arXiv 2104.09864, eq. 34).
+    """The angles by which rotary positions turn queries and keys (Su et al. 2021, arXiv 2104.09864, eq. 15 and 34).
 
-    Channel i is paired with channel i + D/2 at frequency 10000^(-2i/D).
+    Channels i and i + D/2 of position t turn by t · 10000^(-2i/D).
     """
 
     cos: torch.Tensor
@@ -38,10 +58,9 @@ class RotaryPositions(nn.Module):
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, H, T, D)
-        cos, sin = self.cos[: x.size(2)].to(x.dtype), self.sin[: x.size(2)].to(x.dtype)
-        a, b = x.chunk(2, dim=-1)  # (B, H, T, D/2) each
-        return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+    def angles(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines (block_size, D/2) in float32, whatever dtype the model was moved to."""
+        return self.cos.float(), self.sin.float()
 
 
 class CausalSelfAttention(nn.Module):
@@ -62,15 +81,18 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x: torch.Tensor, idx: torch.Tensor) -> torch.Tensor:  # (B, T, C), (B, T)
         B, T, C = x.shape
-        # One projection, read in place: q, k and v are strided views of it.
-        qkv = self.qkv(x).view(B, T, self.n_head + 2 * self.n_kv_head, self.head_size).transpose(1, 2)
-        q, k, v = qkv.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=1)  # (B, H or H_kv, T, D)
-        if self.qk_norm:
-            q, k = F.rms_norm(q, (self.head_size,)), F.rms_norm(k, (self.head_size,))
-        if self.rotary is not None:
-            q, k = self.rotary(q), self.rotary(k)
-        if self.value_embedding is not None:
-            v = v + self.value_embedding(idx).view(B, T, self.n_kv_head, self.head_size).transpose(1, 2)
+        rows = None if self.value_embedding is None else self.value_embedding(idx)  # (B, T, H_kv · D)
+        cos, sin = (None, None) if self.rotary is None else self.rotary.angles()
+        q, k, v = qkv_heads(
+            self.qkv(x),
+            rows,
+            cos,
+            sin,
+            n_head=self.n_head,
+            n_kv_head=self.n_kv_head,
+            qk_norm=self.qk_norm,
+            impl=self.kernels,
+        )  # (B, H or H_kv, T, D)
         y = causal_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, impl=self.kernels)
         y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side
         return F.dropout(self.projection(y), self.dropout, self.training)
@@ -79,9 +101,9 @@ class CausalSelfAttention(nn.Module):
 class MLP(nn.Module):
     """One hidden layer per token. SwiGLU: Shazeer 2020, arXiv 2002.05202, eq. 5; ReLU²: So et al. 2021, 2109.08668."""
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, kernels: str) -> None:
         super().__init__()
-        self.activation, self.dropout = config.mlp, config.dropout
+        self.activation, self.dropout, self.kernels = config.mlp, config.dropout, kernels
         hidden = round(config.mlp_width * config.n_embd)
         self.expand = nn.Linear(config.n_embd, hidden * (2 if config.mlp == "swiglu" else 1), bias=config.bias)
         self.projection = nn.Linear(hidden, config.n_embd, bias=config.bias) if config.residual else nn.Identity()
@@ -93,30 +115,35 @@ class MLP(nn.Module):
             h = F.silu(gate) * h
         elif self.activation == "gelu":
             h = F.gelu(h)
+        elif self.activation == "relu2":
+            h = relu_squared(h, impl=self.kernels)
         else:
             h = F.relu(h)
-            h = h.square() if self.activation == "relu2" else h
         return F.dropout(self.projection(h), self.dropout, self.training)
 
 
 class Block(nn.Module):
-    """Communication, then computation: attention between tokens, an MLP on each; both normalised before."""
+    """Communication, then computation: attention between tokens, an MLP on each; both read the normalised stream.
+
+    What a branch returns is added to the stream by the next norm, so a block takes and gives both.
+    """
 
     def __init__(self, config: TransformerConfig, vocab_size: int, kernels: str) -> None:
         super().__init__()
-        self.residual = config.residual
-        self.attention_norm = build_norm(config)
+        self.attention_norm = AddNorm(config, kernels)
         self.attention = CausalSelfAttention(config, vocab_size, kernels)
-        self.mlp_norm = build_norm(config) if config.mlp != "none" else None
-        self.mlp = MLP(config) if config.mlp != "none" else None
+        self.mlp_norm = AddNorm(config, kernels) if config.mlp != "none" else None
+        self.mlp = MLP(config, kernels) if config.mlp != "none" else None
 
-    def forward(self, x: torch.Tensor, idx: torch.Tensor) -> torch.Tensor:  # (B, T, C), (B, T)
-        y = self.attention(self.attention_norm(x), idx)
-        x = x + y if self.residual else y
-        if self.mlp is None or self.mlp_norm is None:
-            return x
-        y = self.mlp(self.mlp_norm(x))  # (B, T, C)
-        return x + y if self.residual else y  # type: ignore[no-any-return]
+    def forward(
+        self, x: torch.Tensor, branch: torch.Tensor | None, idx: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # (B, T, C) each; idx (B, T)
+        x, h = self.attention_norm(x, branch)
+        branch = self.attention(h, idx)
+        if self.mlp is not None and self.mlp_norm is not None:
+            x, h = self.mlp_norm(x, branch)
+            branch = self.mlp(h)
+        return x, branch
 
 
 class Transformer(nn.Module):
@@ -127,15 +154,19 @@ class Transformer(nn.Module):
 
     def __init__(self, config: TransformerConfig, vocab_size: int, kernels: str = "auto") -> None:
         super().__init__()
+        seed = int(torch.randint(2**62, ()))  # before any part draws, so that the parts do not matter to it
         self.config, self.vocab_size, self.kernels = config, vocab_size, kernels
         self.block_size = config.block_size
         self.token_embedding = nn.Embedding(vocab_size, config.n_embd)
+        self.bigram_embedding = (
+            nn.Embedding(min(vocab_size**2, BIGRAM_ROWS), config.n_embd) if config.bigram_embeddings else None
+        )
         learned = config.position == "learned"
         self.position_embedding = nn.Embedding(config.block_size, config.n_embd) if learned else None
         self.blocks = nn.ModuleList(Block(config, vocab_size, kernels) for _ in range(config.n_layer))
-        self.norm = build_norm(config)
+        self.norm = AddNorm(config, kernels)
         self.head = None if config.tied_head else nn.Linear(config.n_embd, vocab_size, bias=config.bias)
-        self._initialise()
+        self._initialise(seed)
 
     def forward(
         self, idx: torch.Tensor, targets: torch.Tensor | None = None
@@ -145,29 +176,53 @@ class Transformer(nn.Module):
         if self.block_size < T:
             raise ValueError(f"{T} tokens were fed to a model whose block_size is {self.block_size}")
         x = self.token_embedding(idx)  # (B, T, C)
+        if self.bigram_embedding is not None:
+            x = x + self.bigram_embedding(self._bigrams(idx))
         if self.position_embedding is not None:
             x = x + self.position_embedding.weight[:T]
         x = F.dropout(x, self.config.dropout, self.training)
+        branch = None
         for block in self.blocks:
-            x = block(x, idx)
+            x, branch = block(x, branch, idx)
+        _, x = self.norm(x, branch)
         head = self.token_embedding.weight if self.head is None else self.head.weight  # (V, C)
-        logits = F.linear(self.norm(x), head, None if self.head is None else self.head.bias)  # (B, T, V)
+        logits = F.linear(x, head, None if self.head is None else self.head.bias)  # (B, T, V)
         cap = self.config.logit_softcap
         capped = logits if cap is None else cap * torch.tanh(logits / cap)
         if targets is None:
             return capped, None
         return capped, softmax_cross_entropy(logits, targets, softcap=cap, impl=self.kernels)
 
-    def _initialise(self) -> None:
-        """GPT-2's: N(0, 0.02), projections into the residual stream narrower by √(2 · n_layer), biases zero.
+    def _bigrams(self, idx: torch.Tensor) -> torch.Tensor:
+        """The row (B, T) of each token and the one before it in the table of pairs; the first token stands for both.
 
-        Value embeddings begin at zero, so that the model begins as the one without them.
+        Vocabularies with more pairs than rows share rows, spread by a multiplication (Knuth, TAOCP 3, section 6.4).
+        """
+        assert self.bigram_embedding is not None
+        pairs = F.pad(idx, (1, 0), mode="replicate")[:, :-1] * self.vocab_size + idx
+        rows = self.bigram_embedding.num_embeddings
+        return pairs if rows == self.vocab_size**2 else pairs * 2654435761 % 2**32 % rows
+
+    def _initialise(self, seed: int) -> None:
+        """`gpt2`: N(0, 0.02), projections into the residual stream narrower by √(2 · n_layer). `torch`: torch's own.
+
+        Biases, value and bigram embeddings begin at zero. Every other weight is drawn from `seed` and its own name, so
+        models that differ in some parts begin with the same weights in all others.
         """
         for name, module in self.named_modules():
-            if isinstance(module, nn.Linear):
+            if not isinstance(module, nn.Linear | nn.Embedding):
+                continue
+            generator = torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))
+            bias = module.bias if isinstance(module, nn.Linear) else None
+            if name.endswith(("value_embedding", "bigram_embedding")):
+                nn.init.zeros_(module.weight)
+            elif self.config.init == "gpt2":
                 narrower = math.sqrt(2 * self.config.n_layer) if name.endswith("projection") else 1.0
-                nn.init.normal_(module.weight, std=0.02 / narrower)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+                nn.init.normal_(module.weight, std=0.02 / narrower, generator=generator)
             elif isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=0.0 if name.endswith("value_embedding") else 0.02)
+                nn.init.normal_(module.weight, generator=generator)
+            else:
+                bound = 1 / math.sqrt(module.in_features)
+                nn.init.uniform_(module.weight, -bound, bound, generator=generator)
+            if bias is not None:
+                nn.init.zeros_(bias)
