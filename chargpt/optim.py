@@ -6,7 +6,6 @@ Every group keeps its peak in `peak_lr`; a schedule is one factor that scales al
 import math
 import typing
 from collections import defaultdict
-from typing import Any
 
 import torch
 from torch import nn
@@ -57,15 +56,15 @@ class BatchedMuon(torch.optim.Muon):
     """
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            by_shape: dict[torch.Size, list[torch.Tensor]] = defaultdict(list)
+            by_shape: dict[torch.Size, list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    by_shape[parameter.shape].append(parameter)
-            for (rows, columns), parameters in by_shape.items():
+                    by_shape[parameter.shape].append((parameter, parameter.grad))
+            for (rows, columns), pairs in by_shape.items():
+                parameters, gradients = zip(*pairs, strict=True)
                 momenta = [self._momentum(parameter) for parameter in parameters]
-                gradients = [parameter.grad for parameter in parameters]
                 torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
                 nesterov = torch._foreach_lerp(gradients, momenta, group["momentum"])
                 updates = orthogonalised(torch.stack(nesterov), group["ns_coefficients"], group["ns_steps"])

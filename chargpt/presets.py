@@ -1,0 +1,48 @@
+"""Configurations that were measured to be good at what their name says; `EXPERIMENTS.md` holds the measurements.
+
+`nanogpt-cpu` is the field's yardstick. `modern` takes as long on the same machine, `cpu-best` some minutes of a laptop,
+`best` an hour of it or a GPU.
+"""
+
+import dataclasses
+
+from chargpt.config import OptimizerConfig, ScheduleConfig, TrainConfig, TransformerConfig
+
+_MODERN = TrainConfig(
+    model=TransformerConfig(
+        block_size=128,
+        n_layer=4,
+        n_head=4,
+        n_embd=128,
+        position="rotary",
+        norm="rmsnorm",
+        mlp="relu2",
+        qk_norm=True,
+        tied_head=False,
+        value_embeddings=True,
+        bigram_embeddings=True,
+    ),
+    max_steps=None,
+    max_seconds=80.0,
+    batch_size=32,
+    sampling="epoch",
+    optimizer=OptimizerConfig(kind="muon", learning_rate=0.02, muon_learning_rate=0.02, weight_decay=0.1),
+    schedule=ScheduleConfig(kind="wsd", warmup_steps=0, decay_fraction=1.0),
+    grad_clip=None,
+    eval_interval=200,
+)
+
+PRESETS: dict[str, TrainConfig] = {
+    "nanogpt-cpu": TrainConfig(),
+    "modern": _MODERN,
+    "cpu-best": dataclasses.replace(
+        _MODERN,
+        model=dataclasses.replace(_MODERN.model, block_size=256, n_layer=6, n_head=4, n_embd=256, dropout=0.1),
+        max_seconds=900.0,
+    ),
+    "best": dataclasses.replace(
+        _MODERN,
+        model=dataclasses.replace(_MODERN.model, block_size=256, n_layer=6, n_head=6, n_embd=384, dropout=0.2),
+        max_seconds=3600.0,
+    ),
+}
