@@ -4,24 +4,25 @@
 `best` an hour of it or a GPU.
 """
 
-import dataclasses
+from dataclasses import replace
 
 from chargpt.config import OptimizerConfig, ScheduleConfig, TrainConfig, TransformerConfig
 
+_MODERN_MODEL = TransformerConfig(
+    block_size=128,
+    n_layer=4,
+    n_head=4,
+    n_embd=128,
+    position="rotary",
+    norm="rmsnorm",
+    mlp="relu2",
+    qk_norm=True,
+    tied_head=False,
+    value_embeddings=True,
+    bigram_embeddings=True,
+)
 _MODERN = TrainConfig(
-    model=TransformerConfig(
-        block_size=128,
-        n_layer=4,
-        n_head=4,
-        n_embd=128,
-        position="rotary",
-        norm="rmsnorm",
-        mlp="relu2",
-        qk_norm=True,
-        tied_head=False,
-        value_embeddings=True,
-        bigram_embeddings=True,
-    ),
+    model=_MODERN_MODEL,
     max_steps=None,
     max_seconds=80.0,
     batch_size=32,
@@ -33,16 +34,16 @@ _MODERN = TrainConfig(
 )
 
 PRESETS: dict[str, TrainConfig] = {
-    "nanogpt-cpu": TrainConfig(),
+    "nanogpt-cpu": TrainConfig(sampling="random", precision="fp32", compile="never"),
     "modern": _MODERN,
-    "cpu-best": dataclasses.replace(
+    "cpu-best": replace(
         _MODERN,
-        model=dataclasses.replace(_MODERN.model, block_size=256, n_layer=6, n_head=4, n_embd=256, dropout=0.1),
+        model=replace(_MODERN_MODEL, block_size=256, n_layer=6, n_head=4, n_embd=256, dropout=0.1),
         max_seconds=900.0,
     ),
-    "best": dataclasses.replace(
+    "best": replace(
         _MODERN,
-        model=dataclasses.replace(_MODERN.model, block_size=256, n_layer=6, n_head=6, n_embd=384, dropout=0.2),
+        model=replace(_MODERN_MODEL, block_size=256, n_layer=6, n_head=6, n_embd=384, dropout=0.2),
         max_seconds=3600.0,
     ),
 }
