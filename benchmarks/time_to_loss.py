@@ -1,0 +1,91 @@
+"""Validation loss over seconds of training: our presets against nanoGPT's CPU configuration, in one run on one machine.
+
+Run as `python -m benchmarks.time_to_loss [--seeds 1 2 3] [--presets modern cpu-best]` after `make repro`, on a quiet
+machine. nanoGPT's configuration runs on the torch implementation in float32, uncompiled, as nanoGPT itself does on a
+CPU. The runs take turns, seed by seed, so that a drift of the machine's speed falls on all of them. Seconds are those
+of the training steps; the loss is `full` of `chargpt.evaluation`.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import RESULTS, machine
+from chargpt.comparison import read_curve
+from chargpt.config import EvaluationConfig, TrackingConfig, TrainConfig
+from chargpt.data import Splits, load_splits
+from chargpt.presets import PRESETS
+from chargpt.training import Run, train
+
+YARDSTICK = "nanogpt-cpu"
+SPLITS = Path("data/splits")
+PICTURE = Path("docs/time_to_loss.png")
+POINTS = 25  # evaluations in a run, about
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1])
+    parser.add_argument("--presets", nargs="+", choices=sorted(PRESETS.keys() - {YARDSTICK}), default=["modern"])
+    options = parser.parse_args()
+    configs = {YARDSTICK: replace(PRESETS[YARDSTICK], kernels="torch", eval_interval=2000 // POINTS)}
+    configs |= {name: PRESETS[name] for name in options.presets}
+    splits = load_splits(SPLITS)
+    runs = [measure(name, config, seed, splits) for seed in options.seeds for name, config in configs.items()]
+    content = {"machine": machine(), "runs": runs}
+    (RESULTS / "time_to_loss.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    draw(runs, PICTURE)
+    print("| configuration | seeds | seconds | tokens seen | val (full) |\n|---|---:|---:|---:|---:|")
+    for name in configs:
+        mine = [run for run in runs if run["name"] == name]
+        cells = [spread([run[key] for run in mine], digits) for key, digits in COLUMNS]
+        print(f"| {name} | {len(mine)} | " + " | ".join(cells) + " |")
+
+
+COLUMNS = (("seconds", 1), ("tokens", 0), ("val_full", 4))
+
+
+def measure(name: str, config: TrainConfig, seed: int, splits: Splits) -> dict[str, Any]:
+    """Train once: the final numbers, and the curve as pairs of seconds and validation loss."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "run"
+        run = Run(name, seed, config, splits, "tiny_shakespeare", folder)
+        metrics = train(run, EvaluationConfig(), TrackingConfig(enabled=False))
+        points = [point for point in read_curve(folder / "curve.csv") if "val_loss" in point]
+    # The first evaluation comes before the first step, so it has no seconds.
+    curve = [(point.get("seconds", 0.0), point["val_loss"]) for point in points]
+    return {"name": name, "curve": curve} | metrics
+
+
+def draw(runs: list[dict[str, Any]], picture: Path) -> None:
+    from matplotlib.figure import Figure  # without pyplot: no display, no global state
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    names = list(dict.fromkeys(run["name"] for run in runs))
+    for run in runs:
+        colour = f"C{names.index(run['name'])}"
+        label = run["name"] if run["seed"] == runs[0]["seed"] else None
+        axes.plot(*zip(*run["curve"][1:], strict=True), color=colour, alpha=0.8, linewidth=1.5, label=label)
+    axes.axhline(1.4697, color="grey", linewidth=0.8, linestyle="--")
+    axes.text(axes.get_xlim()[1], 1.4697, "nanoGPT's GPU configuration, 1.4697 ", ha="right", va="bottom", fontsize=8)
+    axes.set_ylim(top=3.0)
+    axes.set_xlabel("seconds of training")
+    axes.set_ylabel("validation loss, nats per character")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(picture, format="png", dpi=120)
+
+
+def spread(values: list[float], digits: int) -> str:
+    """Mean, and standard deviation where there are several."""
+    mean = f"{statistics.fmean(values):,.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):,.{digits}f}"
+
+
+if __name__ == "__main__":
+    main()
