@@ -1,8 +1,12 @@
-"""Trained variants side by side: rows of metrics as a Markdown table, and their curves as one picture."""
+"""Trained variants side by side: their numbers over seeds as Markdown and JSON, and their curves as one picture.
+
+The same as a page to look at is `chargpt.report`.
+"""
 
 import csv
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +23,97 @@ COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("val_sliding", "val (sliding)", lambda x: f"{x:.4f}"),
     ("val_nanogpt", "val (nanogpt)", lambda x: f"{x:.4f}"),
 )
+MEANS = (
+    *("parameters", "steps", "tokens", "seconds", "tokens_per_second"),
+    *("val_full", "val_sliding", "val_nanogpt"),
+)
 
 
-def comparison_table(rows: Sequence[Row]) -> str:
+@dataclass(frozen=True)
+class Published:
+    """A validation loss that somebody else reports for a variant, in nats per character."""
+
+    loss: float
+    source: str
+
+
+# What holds for one text alone: Tiny Shakespeare by characters, the last tenth to validate on.
+TINY_SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+PUBLISHED = {
+    "bigram": Published(2.5, "lecture"),
+    "head": Published(2.4, "lecture"),
+    "multihead": Published(2.28, "lecture"),
+    "ffwd": Published(2.24, "lecture"),
+    "residual": Published(2.08, "lecture"),
+    "layernorm": Published(2.06, "lecture"),
+    "nanogpt-cpu": Published(1.88, "nanoGPT"),
+}
+COUNTS = {"bigram counts": 2.487, "5-gram counts": 1.692}  # the best that counting the training part reaches
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """Mean over seeds and the sample's standard deviation: None for a single seed, and where all are equal."""
+
+    mean: float
+    deviation: float | None
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Statistic":
+        return cls(statistics.fmean(values), statistics.stdev(values) if len(set(values)) > 1 else None)
+
+    def text(self, show: Callable[[float], str]) -> str:
+        return show(self.mean) if self.deviation is None else f"{show(self.mean)} ± {show(self.deviation)}"
+
+
+def by_variant(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """The rows of each variant, in the order in which the variants first come."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row["variant"], []).append(row)
+    return groups
+
+
+def comparison_table(rows: Iterable[Row], published: Mapping[str, Published] | None = None) -> str:
     """A Markdown table with a line for each variant, in the order they come: mean ± standard deviation over seeds.
 
-    Losses are in nats per token, of the checkpoint with the lowest `full` validation loss.
+    Losses are in nats per token, of the checkpoint with the lowest `full` validation loss. A column of published
+    losses is there when a variant has one.
     """
+    groups = by_variant(rows)
+    published = {name: value for name, value in (published or {}).items() if name in groups}
+    titles = [title for _, title, _ in COLUMNS] + ["published"] * bool(published)
     lines = [
-        "| variant | seeds | " + " | ".join(title for _, title, _ in COLUMNS) + " | kernels |",
-        "|---|---:|" + "---:|" * len(COLUMNS) + "---|",
+        "| variant | seeds | " + " | ".join(titles) + " | kernels |",
+        "|---|---:|" + "---:|" * len(titles) + "---|",
     ]
-    for variant in dict.fromkeys(row["variant"] for row in rows):
-        runs = [row for row in rows if row["variant"] == variant]
-        cells = [_mean_and_deviation([row[key] for row in runs], show) for key, _, show in COLUMNS]
-        kernels = ", ".join(sorted({row["kernels"] for row in runs}))
-        lines.append(f"| {variant} | {len(runs)} | " + " | ".join(cells) + f" | {kernels} |")
+    for variant, runs in groups.items():
+        cells = [Statistic.of([row[key] for row in runs]).text(show) for key, _, show in COLUMNS]
+        if published:
+            cells.append(f"{published[variant].loss} ({published[variant].source})" if variant in published else "")
+        lines.append(f"| {variant} | {len(runs)} | " + " | ".join(cells) + f" | {distinct(runs, 'kernels')} |")
     return "\n".join(lines)
+
+
+def comparison_metrics(rows: Iterable[Row]) -> dict[str, dict[str, Any]]:
+    """Means over seeds of each variant, with the runs themselves under `runs`, as plain data for JSON.
+
+    Keyed by variant, because `dvc metrics` skips every list: `bigram.val_full` is a key that it can show and compare.
+    """
+    return {
+        variant: {
+            "seeds": len(runs),
+            **{key: round(statistics.fmean(row[key] for row in runs), 6) for key in MEANS},
+            "val_full_sd": None if len(runs) < 2 else round(statistics.stdev(row["val_full"] for row in runs), 6),
+            "runs": runs,
+        }
+        for variant, runs in by_variant(rows).items()
+    }
+
+
+def distinct(rows: Iterable[Row], key: str) -> str:
+    """Every value that the rows have for `key`, sorted, with commas."""
+    return ", ".join(sorted({str(row[key]) for row in rows}))
 
 
 def plot_curves(curves: dict[str, list[Path]], picture: Path) -> None:
@@ -43,14 +121,16 @@ def plot_curves(curves: dict[str, list[Path]], picture: Path) -> None:
 
     `curves`: for each variant the curve.csv of each seed. Writes a PNG.
     """
+    from matplotlib import color_sequences
     from matplotlib.figure import Figure  # without pyplot: no display, no global state
 
+    colours = color_sequences["tab10" if len(curves) <= 10 else "tab20"]
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     for number, (variant, paths) in enumerate(curves.items()):
         for seed, path in enumerate(paths):
             points = read_curve(path)
-            colour = f"C{number % 10}"
+            colour = colours[number % len(colours)]
             axes.plot(*_series(points, "train_loss"), color=colour, alpha=0.25, linewidth=0.8)
             label = variant if seed == 0 else None
             axes.plot(*_series(points, "val_loss"), color=colour, marker="o", markersize=3, label=label)
@@ -59,7 +139,7 @@ def plot_curves(curves: dict[str, list[Path]], picture: Path) -> None:
     axes.set_ylabel("loss, nats per token")
     axes.set_title("validation loss (solid) and training loss (faint)")
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(loc="upper right", ncols=1 + len(curves) // 10)
     with replaced_file(picture) as file:
         figure.savefig(file, format="png", dpi=120)
 
@@ -73,10 +153,3 @@ def read_curve(path: Path) -> list[dict[str, float]]:
 def _series(points: list[dict[str, float]], key: str) -> tuple[list[float], list[float]]:
     measured = [point for point in points if key in point and point["tokens"] > 0]  # the axis is logarithmic
     return [point["tokens"] for point in measured], [point[key] for point in measured]
-
-
-def _mean_and_deviation(values: list[float], show: Callable[[float], str]) -> str:
-    mean = show(statistics.fmean(values))
-    if len(set(values)) == 1:
-        return mean
-    return f"{mean} ± {show(statistics.stdev(values))}"

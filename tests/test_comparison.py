@@ -1,4 +1,4 @@
-"""The comparison of runs: a Markdown table with mean ± standard deviation, and a picture of the curves."""
+"""The comparison of runs: a Markdown table with mean ± standard deviation, JSON for DVC, a picture of the curves."""
 
 import struct
 import subprocess
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from chargpt.comparison import comparison_table, plot_curves, read_curve
+from chargpt.comparison import Published, comparison_metrics, comparison_table, plot_curves, read_curve
 
 pytest.importorskip("matplotlib", reason="the picture needs chargpt[pipeline]")
 
@@ -19,6 +19,7 @@ def row(variant: str, seed: int, val_full: float, **more: Any) -> dict[str, Any]
         "seed": seed,
         "parameters": 804_096,
         "steps": 2000,
+        "tokens": 1_536_000,
         "seconds": 70.25,
         "tokens_per_second": 21_868.4,
         "val_full": val_full,
@@ -78,6 +79,32 @@ def test_every_implementation_of_the_kernels_is_named() -> None:
 
 def test_no_rows_give_the_header_alone() -> None:
     assert len(comparison_table([]).splitlines()) == 2
+
+
+def test_published_losses_have_a_column_when_a_variant_has_one() -> None:
+    published = {"b": Published(1.88, "nanoGPT"), "absent": Published(1.0, "nobody")}
+    header, _, first, second = comparison_table([row("a", 1, 1.0), row("b", 1, 1.9)], published).splitlines()
+    column = cells(header).index("published")
+    assert (cells(first)[column], cells(second)[column]) == ("", "1.88 (nanoGPT)")
+    assert "published" not in comparison_table([row("a", 1, 1.0)], published)
+
+
+# --------------------------------------------------------------------------------------------------------------- JSON
+
+
+def test_metrics_are_keyed_by_variant_with_means_and_the_runs_themselves() -> None:
+    rows = [row("a", 1, 1.0, seconds=10.0), row("b", 1, 3.0), row("a", 2, 1.2, seconds=20.0)]
+    metrics = comparison_metrics(rows)
+    assert list(metrics) == ["a", "b"]
+    assert metrics["a"]["runs"] == [rows[0], rows[2]]
+    assert {key: metrics["a"][key] for key in ("seeds", "val_full", "val_full_sd", "seconds", "steps")} == {
+        "seeds": 2,
+        "val_full": 1.1,
+        "val_full_sd": 0.141421,
+        "seconds": 15.0,
+        "steps": 2000,
+    }
+    assert metrics["b"]["val_full_sd"] is None
 
 
 # --------------------------------------------------------------------------------------------------------------- curves
