@@ -463,7 +463,9 @@ def _finish(state: State, run: Run, runtime: Runtime, evaluation: EvaluationConf
         "best_step": state.best[0],
         "kernels": runtime.kernels,
         "device": device_name(runtime.device),
+        "threads": torch.get_num_threads(),
         "precision": runtime.precision,
+        "torch": torch.__version__,
     }
     _write_text(run.folder / "config.yaml", yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
     _write_text(run.folder / "sample.txt", text)

@@ -1,34 +1,90 @@
-"""Stage compare: every variant and seed of params.yaml side by side, as Markdown, JSON and a picture.
+"""Stage compare: every variant and seed of params.yaml side by side, as a page, Markdown, JSON and a picture.
 
 The list comes from params.yaml and not from the disk, so a variant that was dropped there vanishes here.
 """
 
+import hashlib
 import json
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
-from chargpt.errors import user_errors
+from chargpt.errors import TrainingError, user_errors
+from pipelines.download import CORPUS
+from pipelines.sample import SAMPLES
 from pipelines.train import REPORTS
 
 TABLE = Path("reports/comparison.md")
-ROWS = Path("reports/comparison.json")
+METRICS = Path("reports/comparison.json")
 PICTURE = Path("reports/curves.png")
+PAGE = Path("reports/index.html")
 
 
 def main() -> None:
-    from chargpt.comparison import comparison_table, plot_curves
+    from chargpt import comparison
     from chargpt.config import load_params
+    from chargpt.files import replaced_file
+    from chargpt.report import Provenance, Variant, render
+    from chargpt.tracking import git_state
 
-    ablation = load_params().ablation
-    folders = {variant: [REPORTS / f"{variant}-s{seed}" for seed in ablation.seeds] for variant in ablation.variants}
-    rows = [
-        json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        for seeds in folders.values()
-        for folder in seeds
-    ]
-    ROWS.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    TABLE.write_text(comparison_table(rows) + "\n", encoding="utf-8")
-    plot_curves({variant: [folder / "curve.csv" for folder in seeds] for variant, seeds in folders.items()}, PICTURE)
-    print(f"compare: {len(rows)} runs of {len(folders)} variants → {TABLE}, {ROWS}, {PICTURE}")
+    params = load_params()
+    seeds = params.ablation.seeds
+    folders = {name: [REPORTS / f"{name}-s{seed}" for seed in seeds] for name in params.ablation.variants}
+    variants = []
+    for name in folders:
+        settings, sample = _sample(name)
+        variants.append(
+            Variant(
+                name=name,
+                rows=[_metrics(folder) for folder in folders[name]],
+                curves=[comparison.read_curve(folder / "curve.csv") for folder in folders[name]],
+                sample=sample,
+                sample_settings=settings,
+                command=" ".join(["dvc repro", *(f"train@{name}-{seed}" for seed in seeds)]),
+            )
+        )
+    rows = [row for variant in variants for row in variant.rows]
+
+    git = git_state(Path.cwd())
+    provenance = Provenance(
+        corpus=params.corpus.path or params.corpus.name,
+        corpus_sha256=hashlib.sha256(CORPUS.read_bytes()).hexdigest(),
+        commit=None if git is None else git.commit,
+        dirty=git is not None and git.dirty,
+        made=datetime.now(UTC),
+    )
+    the_lectures_data = (
+        provenance.corpus_sha256 == comparison.TINY_SHAKESPEARE_SHA256
+        and params.tokenizer.kind == "character"
+        and params.split.val_fraction == 0.1
+    )
+    published = comparison.PUBLISHED if the_lectures_data else {}
+    references = comparison.COUNTS if the_lectures_data else {}
+
+    contents = {
+        PAGE: render(variants, provenance, published, references),
+        TABLE: comparison.comparison_table(rows, published) + "\n",
+        METRICS: json.dumps(comparison.comparison_metrics(rows), indent=1) + "\n",
+    }
+    for path, content in contents.items():
+        with replaced_file(path) as file:
+            file.write(content.encode())
+    comparison.plot_curves({name: [run / "curve.csv" for run in runs] for name, runs in folders.items()}, PICTURE)
+    print(f"compare: {len(rows)} runs of {len(variants)} variants → {PAGE}, {TABLE}, {METRICS}, {PICTURE}")
+
+
+def _metrics(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+    except FileNotFoundError:
+        raise TrainingError(f"{folder} holds no finished run, which params.yaml asks for; run `dvc repro`") from None
+
+
+def _sample(variant: str) -> tuple[str, str]:
+    """The settings and the text of a variant's first sample; pipelines/sample.py puts a line before each."""
+    heading, _, rest = (SAMPLES / f"{variant}.txt").read_text(encoding="utf-8").partition("\n\n")
+    settings = heading.removeprefix(f"=== {variant}, ")
+    return settings, rest.partition("\n\n=== ")[0].strip("\n")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from chargpt.errors import user_errors
-from pipelines.compare import PICTURE, ROWS, TABLE
+from pipelines.compare import METRICS, PAGE, PICTURE, TABLE
 from pipelines.sample import SAMPLES
 from pipelines.train import MODELS
 
@@ -19,7 +19,8 @@ def main() -> None:
     sample = (SAMPLES / f"{last}.txt").read_text(encoding="utf-8").split("\n")
     print(f"\n{TABLE.read_text(encoding='utf-8')}")
     print("\n".join(sample[: LINES + 2]), "\n…")
-    print(f"\nreport    {TABLE}, {ROWS}, {PICTURE}\nsamples   {SAMPLES}/\nmodels    {MODELS}/")
+    print(f"\nreport    {PAGE} (open it in a browser), {TABLE}, {METRICS}, {PICTURE}")
+    print(f"samples   {SAMPLES}/\nmodels    {MODELS}/")
     command = f'chargpt sample {MODELS}/{last}-s{params.ablation.seeds[0]} --prompt "ROMEO:" --stream'
     print(f"\nsample more:\n  {Path('.venv/bin') / command}")
     if params.tracking.enabled:
