@@ -177,4 +177,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         "Loss, normalisers (2, N), and the gradient of the logits or None.");
   m.def("softmax_cross_entropy_backward", &softmax_cross_entropy_backward, "The gradient of the logits.");
   m.def("scale_", &scale_, "Multiplies a contiguous gradient in place by one number that is on its device.");
+  m.attr("wide_float32_shared_bytes") = cuda::kWideFloat32SharedBytes;  // a block's, for float32 with D > 128
 }

@@ -1,13 +1,16 @@
 """The CUDA kernels, as functions that take what the reference's take, and why they may not run here."""
 
+import re
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from chargpt.kernels import native
+from chargpt.kernels import native, reference
 from chargpt.kernels.operators import OperatorsWithGradient
 
 CAPABILITY = (8, 0)  # the oldest: Ampere, the first with bfloat16 in tensor cores and with asynchronous copies
+WIDE_HEAD_SIZE = 128  # above it, float32 heads need more shared memory than some GPUs give a block
 
 
 def _module() -> Any:
@@ -15,8 +18,21 @@ def _module() -> Any:
 
 
 _OPERATORS = OperatorsWithGradient("chargpt_cuda", "CUDA", _module)
-causal_attention = _OPERATORS.causal_attention
 softmax_cross_entropy = _OPERATORS.softmax_cross_entropy
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor | tuple[Tensor, Tensor]:
+    """As `reference.causal_attention`; heads that the kernels or this GPU are too small for are left to it."""
+    if q.dtype == torch.float32 and q.shape[-1] > WIDE_HEAD_SIZE and not _has_room_for_wide_heads(q.device):
+        return reference.causal_attention(q, k, v, **options)
+    return _OPERATORS.causal_attention(q, k, v, **options)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _has_room_for_wide_heads(device: torch.device) -> bool:
+    """For float32. True on chips like sm_80 and sm_90, false on sm_86, sm_89 and sm_120."""
+    has = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return bool(has >= _module().wide_float32_shared_bytes)
 
 
 def problem() -> str | None:
@@ -26,8 +42,36 @@ def problem() -> str | None:
         return loaded.problem
     if not torch.cuda.is_available():
         return "torch sees no CUDA GPU"
-    oldest = min(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
-    if oldest < CAPABILITY:
-        has, needed = (".".join(map(str, capability)) for capability in (oldest, CAPABILITY))
+    capabilities = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+    if min(capabilities) < CAPABILITY:
+        has, needed = _dotted(min(capabilities)), _dotted(CAPABILITY)
         return f"the GPU has compute capability {has}, the kernels need {needed} or newer"
+    build = native.cuda_build(native.RECORD) or ""  # "CUDA 13.0 for 8.0;9.0+PTX"
+    architectures = build.rpartition(" for ")[2]
+    for capability in capabilities:
+        if not runs_on(architectures, capability):
+            return (
+                f"the GPU has compute capability {_dotted(capability)}, the kernels were built for {architectures}; "
+                f"set TORCH_CUDA_ARCH_LIST={_dotted(capability)} and {native.REBUILD}"
+            )
     return None
+
+
+def runs_on(architectures: str, capability: tuple[int, int]) -> bool:
+    """Whether code built for `architectures`, in the words of TORCH_CUDA_ARCH_LIST, runs on a GPU of this capability.
+
+    Machine code runs on chips of the same major version that are not older, PTX on all that are not older, and code
+    with an `a` on that very chip alone. A word that is no number (`Hopper`) is not judged: then the answer is yes.
+    """
+    for word in re.split(r"[;\s]+", architectures):
+        match = re.fullmatch(r"(\d+)\.(\d)(a?)(\+PTX)?", word)
+        if match is None:
+            return True
+        built = int(match[1]), int(match[2])
+        if capability == built or (capability > built and not match[3] and (capability[0] == built[0] or match[4])):
+            return True
+    return False
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return ".".join(map(str, version))

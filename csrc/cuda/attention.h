@@ -2,8 +2,8 @@
 // compiler needed to include it); attention.cu implements it. The mathematics, the alignment of queries with keys, and
 // the dropout mask are those of chargpt/kernels/reference.py.
 //
-// For sm_80 and up. float32 with D > 128 needs 133 KiB of shared memory a block for the backward pass and 100 KiB for
-// the forward one, which sm_86, sm_89 and sm_120 do not have; there the launch fails with cudaErrorInvalidValue.
+// For sm_80 and up. float32 with D > 128 needs kWideFloat32SharedBytes of shared memory a block, which sm_86, sm_89 and
+// sm_120 do not have; there the launch fails with cudaErrorInvalidValue, and chargpt/kernels/cuda.py does not call.
 // In 16-bit dtypes the backward pass takes lse to a power of 2: gradients are as right as lse · 10⁻⁷ is small, so up to
 // scores of some 10⁴; larger ones stay finite.
 //
@@ -39,6 +39,7 @@ struct AttentionShape {
   int64_t D;           // channels, 1 ≤ D ≤ kMaxHeadSize
 };
 inline constexpr int64_t kMaxHeadSize = 256;
+inline constexpr int kWideFloat32SharedBytes = 135680;  // of the backward pass; the forward one takes 102912
 
 struct AttentionOptions {
   double scale = 1.0;      // factor on q·k

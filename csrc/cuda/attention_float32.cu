@@ -18,6 +18,7 @@ cudaError_t backward(const BackwardCall& call, cudaStream_t stream) {
   constexpr int kDqBytes = shared_bytes<D>(4, 1), kDkDvBytes = shared_bytes<D>(4, Config::kTogether ? 2 : 1);
   static_assert(kDqBytes <= kSharedBytesSm80 && kDkDvBytes <= kSharedBytesSm80);
   static_assert(D > 128 || (kDqBytes <= kSharedBytesSm86 && kDkDvBytes <= kSharedBytesSm86));
+  static_assert(D <= 128 || (kDqBytes == kWideFloat32SharedBytes && kDkDvBytes == kWideFloat32SharedBytes));
 
   const auto launch_dk_dv = [&](void (*kernel)(BackwardCall)) {
     const int64_t blocks = int64_t{ceil_div(problem.S, Config::kTile)} * problem.batches * problem.heads_kv;
