@@ -9,7 +9,7 @@ export DO_NOT_TRACK := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro test lint bench gpu sanitize cuda-build ui clean
+.PHONY: help setup repro ablation plots test lint bench gpu sanitize cuda-build ui clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -23,11 +23,20 @@ $(READY): constraints.txt pyproject.toml setup.py $(wildcard csrc/* csrc/*/*)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
 	@$(BIN)/chargpt info
+	-@$(BIN)/python -m pipelines.plots_template
 	@touch $@
 
 repro: $(READY)  ## run the pipeline: download, tokenize, split, train, sample, compare
 	$(BIN)/dvc repro
 	@$(BIN)/python -m pipelines.summary
+
+ablation: $(READY)  ## the same for every variant of params.yaml with three seeds, as far as it is missing
+	$(BIN)/python -m pipelines.ablation
+	@$(BIN)/python -m pipelines.summary
+
+plots: $(READY)  ## draw the curves with DVC, as a page that needs no network
+	-@$(BIN)/python -m pipelines.plots_template
+	$(BIN)/dvc plots show
 
 test: $(READY)  ## run the tests
 	$(BIN)/python -m pytest

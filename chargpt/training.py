@@ -252,7 +252,9 @@ def _evaluate_and_save(state: State, run: Run, runtime: Runtime, tracker: Tracke
         loss = full_loss(state.delivered, run.splits.val_with_context, runtime.device)
     if not math.isfinite(loss):
         raise _not_finite(f"the validation loss became {loss}", state, run)
-    metrics = {"val/loss": loss, "val/tokens": float(state.step * run.config.tokens_per_step)}
+    tokens = float(state.step * run.config.tokens_per_step)
+    # A chart of the loss takes a metric for its x axis only from the same steps.
+    metrics = {"val/loss": loss, "val/tokens": tokens, "val/seconds": state.seconds}
     state.history.append(Point(state.step, time.time(), metrics))
     if state.best is None or loss < state.best[1]:
         state.best = (state.step, loss)

@@ -7,16 +7,20 @@ import hashlib
 import json
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from chargpt.errors import TrainingError, user_errors
 from pipelines.download import CORPUS
 from pipelines.sample import SAMPLES
 from pipelines.train import REPORTS
 
+if TYPE_CHECKING:
+    from chargpt.report import Variant
+
 TABLE = Path("reports/comparison.md")
 METRICS = Path("reports/comparison.json")
 PICTURE = Path("reports/curves.png")
+CURVES = Path("reports/curves.csv")
 PAGE = Path("reports/index.html")
 
 
@@ -25,7 +29,7 @@ def main() -> None:
     from chargpt.config import load_params
     from chargpt.files import replaced_file
     from chargpt.report import Provenance, Variant, render
-    from chargpt.tracking import git_state
+    from chargpt.tracking import git_state, register_champion
 
     params = load_params()
     seeds = params.ablation.seeds
@@ -65,12 +69,29 @@ def main() -> None:
         PAGE: render(variants, provenance, published, references),
         TABLE: comparison.comparison_table(rows, published) + "\n",
         METRICS: json.dumps(comparison.comparison_metrics(rows), indent=1) + "\n",
+        CURVES: _evaluations(variants),
     }
     for path, content in contents.items():
         with replaced_file(path) as file:
             file.write(content.encode())
     comparison.plot_curves({name: [run / "curve.csv" for run in runs] for name, runs in folders.items()}, PICTURE)
     print(f"compare: {len(rows)} runs of {len(variants)} variants → {PAGE}, {TABLE}, {METRICS}, {PICTURE}")
+    if promoted := register_champion(params.tracking, rows):
+        print(f"compare: {promoted}")
+
+
+def _evaluations(variants: "list[Variant]") -> str:
+    """Every evaluation of every run as CSV, a line each, for `dvc plots`."""
+    lines = ["variant,seed,tokens,seconds,val_loss"]
+    for variant in variants:
+        for row, curve in zip(variant.rows, variant.curves, strict=True):
+            for point in curve:
+                if "val_loss" in point:
+                    seconds = point.get("seconds", 0.0)  # not measured before the first step
+                    lines.append(
+                        f"{variant.name},{row['seed']},{point['tokens']:.0f},{seconds:g},{point['val_loss']:g}"
+                    )
+    return "\n".join(lines) + "\n"
 
 
 def _metrics(folder: Path) -> dict[str, Any]:

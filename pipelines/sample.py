@@ -5,11 +5,13 @@ from pathlib import Path
 
 from chargpt.errors import user_errors
 from pipelines.train import MODELS
+from pipelines.workspace import borrow_native_module
 
 SAMPLES = Path("samples")
 
 
 def main() -> None:
+    borrow_native_module()
     from chargpt.checkpoint import load_model
     from chargpt.config import load_params
     from chargpt.files import replaced_file

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from chargpt.errors import ConfigError, user_errors
 from pipelines.split import SPLITS
+from pipelines.workspace import borrow_native_module
 
 RUNS = Path("checkpoints")
 MODELS = Path("models")
@@ -19,6 +20,7 @@ REPORTS = Path("reports/runs")
 
 
 def main() -> None:
+    borrow_native_module()
     from chargpt.checkpoint import export_checkpoint
     from chargpt.config import flatten, load_params, nearest
     from chargpt.data import load_splits
