@@ -177,6 +177,8 @@ class TrainConfig:
     grad_clip: float | None = 1.0  # largest norm of the gradient
     ema_decay: float | None = None  # keep an exponential moving average of the weights and deliver it
     eval_interval: int = 250  # steps between evaluations, each followed by a checkpoint
+    eval_tokens: int | None = None  # validation tokens scored while training, from the first on; null: all of them
+    patience: int | None = None  # evaluations without a better validation loss before the run stops; null: it goes on
     log_interval: int = 10  # steps between points of the training curve
     device: str = "auto"  # auto, cpu, cuda, cuda:1 …
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -192,6 +194,9 @@ class TrainConfig:
         _require(self.max_seconds is None or self.max_seconds > 0, "max_seconds", self.max_seconds, "positive")
         for name in ("batch_size", "gradient_accumulation_steps", "eval_interval", "log_interval"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in ("eval_tokens", "patience"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, name, value, "at least 1 or null")
         _require(self.grad_clip is None or self.grad_clip > 0, "grad_clip", self.grad_clip, "positive or null")
         _require(self.ema_decay is None or 0 < self.ema_decay < 1, "ema_decay", self.ema_decay, "in (0, 1) or null")
 

@@ -219,6 +219,8 @@ def test_a_missing_file_a_folder_and_a_binary_file_are_refused(tmp_path: Path) -
         (TrainConfig, {"batch_size": 0}),
         (TrainConfig, {"gradient_accumulation_steps": 0}),
         (TrainConfig, {"eval_interval": 0}),
+        (TrainConfig, {"eval_tokens": 0}),
+        (TrainConfig, {"patience": 0}),
         (TrainConfig, {"log_interval": 0}),
         (TrainConfig, {"grad_clip": 0.0}),
         (TrainConfig, {"ema_decay": 1.0}),
