@@ -98,9 +98,7 @@ def test_it_opens_from_disk_without_a_complaint_and_without_asking_for_anything_
     browser.get_log("browser")
     browser.get_log("performance")
     browser.refresh()
-    assert "scripted" in browser.execute_script(
-        "return document.documentElement.className"
-    )  # it ran: its hash is right
+    assert all_of(browser, "html.scripted")  # the script ran: its hash is right
     assert browser.get_log("browser") == []
     messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     requests = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
