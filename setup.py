@@ -21,7 +21,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-SOURCES = ["csrc/bindings.cpp", "csrc/cpu/attention.cpp", "csrc/cpu/cross_entropy.cpp"]
+SOURCES = ["csrc/bindings.cpp", "csrc/bindings_block.cpp", *sorted(glob.glob("csrc/cpu/*.cpp"))]
 COMPILE_ARGS = ["-O3", "-g0", "-fvisibility=hidden", "-fopenmp"]  # OpenMP as torch uses: at::parallel_for is inline
 LINK_ARGS = ["-fopenmp"]
 

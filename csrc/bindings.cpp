@@ -1,5 +1,5 @@
-// The native module `chargpt._native`: where the C++ kernels meet torch and Python (the CUDA kernels do in
-// bindings_cuda.cpp). It checks, allocates, spreads the rows over torch's threads, and connects the kernels to autograd.
+// The native module `chargpt._native`: where the C++ kernels meet torch and Python (a block's small operators do in
+// bindings_block.cpp, the CUDA kernels in bindings_cuda.cpp). It checks, allocates, spreads the rows over torch's threads, and connects the kernels to autograd.
 // chargpt/kernels/cpp.py makes operators of it. torch/extension.h would cost a minute of compile time, so only what is
 // used is included.
 
@@ -30,6 +30,8 @@
 namespace py = pybind11;
 namespace cpu = chargpt::cpu;
 using at::Tensor;
+
+void define_block(py::module_& m);  // bindings_block.cpp
 
 namespace {
 
@@ -502,4 +504,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("softmax_cross_entropy", &softmax_cross_entropy, "The loss, connected to autograd. For plain tensors.");
   m.def("softmax_cross_entropy_forward", &softmax_cross_entropy_forward, "Loss and normalisers (2, N).");
   m.def("softmax_cross_entropy_backward", &softmax_cross_entropy_backward, "The gradient of the logits.");
+  define_block(m);
 }

@@ -118,19 +118,19 @@ def qkv_heads(
     """
     dtype = _computing_dtype(qkv)
     with torch.autocast(qkv.device.type, enabled=False):
-        heads = qkv.unflatten(-1, (n_head + 2 * n_kv_head, -1)).transpose(1, 2)  # (B, H + 2 H_kv, T, D)
-        qk, v = heads.split([n_head + n_kv_head, n_kv_head], dim=1)
+        B, T, channels = qkv.shape
+        D = channels // (n_head + 2 * n_kv_head)
+        heads = qkv.view(B, T, n_head + 2 * n_kv_head, D).transpose(1, 2)  # (B, H + 2 H_kv, T, D)
+        qk, v = heads.split([n_head + n_kv_head, n_kv_head], dim=1)  # type: ignore[no-untyped-call]
         if qk_norm or cos is not None:
             qk = qk.to(dtype)
             if qk_norm:
                 qk = _rms_norm(qk)
             if cos is not None and sin is not None:
-                T = qkv.shape[1]
                 qk = _rotate(qk, cos[:T].detach().to(dtype), sin[:T].detach().to(dtype))
             qk = qk.to(qkv.dtype)
         if value_rows is not None:
-            rows = value_rows.unflatten(-1, (n_kv_head, -1)).transpose(1, 2)
-            v = (v + rows).to(qkv.dtype)
+            v = (v + value_rows.view(B, T, n_kv_head, D).transpose(1, 2)).to(qkv.dtype)
         q, k = qk.split([n_head, n_kv_head], dim=1)
     return q, k, v
 
