@@ -39,14 +39,21 @@ def main() -> None:
     content = {"machine": machine(), "runs": runs}
     (RESULTS / "time_to_loss.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     draw(runs, PICTURE)
-    print("| configuration | seeds | seconds | tokens seen | val (full) |\n|---|---:|---:|---:|---:|")
+    print("| configuration | seeds | " + " | ".join(COLUMNS) + " |\n|---|---:|" + "---:|" * len(COLUMNS))
     for name in configs:
         mine = [run for run in runs if run["name"] == name]
-        cells = [spread([run[key] for run in mine], digits) for key, digits in COLUMNS]
+        cells = [spread([run[key] for run in mine], digits) for key, digits in COLUMNS.items()]
         print(f"| {name} | {len(mine)} | " + " | ".join(cells) + " |")
 
 
-COLUMNS = (("seconds", 1), ("tokens", 0), ("val_full", 4))
+COLUMNS = {  # of metrics.json, with digits
+    "parameters": 0,
+    "seconds": 1,
+    "tokens": 0,
+    "val_full": 4,
+    "val_sliding": 4,
+    "val_nanogpt": 4,
+}
 
 
 def measure(name: str, config: TrainConfig, seed: int, splits: Splits) -> dict[str, Any]:
@@ -84,7 +91,7 @@ def draw(runs: list[dict[str, Any]], picture: Path) -> None:
 def spread(values: list[float], digits: int) -> str:
     """Mean, and standard deviation where there are several."""
     mean = f"{statistics.fmean(values):,.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):,.{digits}f}"
+    return mean if len(set(values)) == 1 else f"{mean} ± {statistics.stdev(values):,.{digits}f}"
 
 
 if __name__ == "__main__":
