@@ -13,6 +13,7 @@ from chargpt.comparison import Statistic
 
 TRAIN_POINTS = 80  # of each run's training curve, which has a point every few steps
 SIDE = 1000  # of the square that the curves are drawn in
+WIDTH = 0.99  # the share of it that they take, so that the dot at the end of the longest is whole
 
 
 # -------------------------------------------------------------------------------------------------------------- ladder
@@ -139,7 +140,7 @@ def curve_chart(curves: Sequence[Curve]) -> CurveChart:
     low, high = losses[0] - margin, top + margin
 
     def x(tokens: float) -> float:
-        return math.log(tokens / left) / math.log(right / left)
+        return WIDTH * math.log(tokens / left) / math.log(right / left)
 
     def y(loss: float) -> float:
         return (high - loss) / (high - low)
@@ -156,14 +157,15 @@ def curve_chart(curves: Sequence[Curve]) -> CurveChart:
 
 
 def _thinned(points: list[tuple[float, float, float, float]]) -> list[tuple[float, float, float, float]]:
-    """At most about TRAIN_POINTS points, evenly on a log axis: each the mean loss since the one before, at its end."""
+    """At most TRAIN_POINTS points, evenly on a log axis: each the mean loss since the one before, at its end."""
     if len(points) <= TRAIN_POINTS:
         return points
     first, last = points[0][0], points[-1][0]
     cells: dict[int, list[tuple[float, float, float, float]]] = {}
     for point in points:
-        cells.setdefault(int(TRAIN_POINTS * math.log(point[0] / first) / math.log(last / first)), []).append(point)
-    return [(*cell[-1][:3], sum(point[3] for point in cell) / len(cell)) for cell in cells.values()]
+        cell = int(TRAIN_POINTS * math.log(point[0] / first) / math.log(last / first))
+        cells.setdefault(min(cell, TRAIN_POINTS - 1), []).append(point)
+    return [(*group[-1][:3], sum(point[3] for point in group) / len(group)) for group in cells.values()]
 
 
 # --------------------------------------------------------------------------------------------------------------- ticks

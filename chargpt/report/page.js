@@ -5,6 +5,7 @@
   const { variants, curves } = JSON.parse(document.getElementById("data").textContent);
   const COLUMN = { steps: 0, tokens: 1, seconds: 2 }; // of a point; column 3 is the loss
   const SIDE = 1000;
+  const WIDTH = 0.99;
   const plot = document.querySelector(".plot");
   const svg = plot.querySelector("svg");
   const ticks = plot.querySelector(".ticks");
@@ -42,7 +43,8 @@
     const bottom = Math.min(losses[0], ...ends);
     const margin = Math.max((top - bottom) * 0.05, 0.01);
     const [low, high] = [bottom - margin, top + margin];
-    view.x = (point) => Math.log(point[column] / left) / Math.log(right / left);
+    const across = (value) => WIDTH * Math.log(value / left) / Math.log(right / left);
+    view.x = (point) => across(point[column]);
     view.y = (point) => (high - point[3]) / (high - low);
 
     runs.forEach((line, run) => {
@@ -57,7 +59,7 @@
       add("text", { x: -8, y, dy: 4, "text-anchor": "end" }, label);
     }
     for (const [value, label] of logTicks(left, right)) {
-      const x = `${100 * Math.log(value / left) / Math.log(right / left)}%`;
+      const x = `${100 * across(value)}%`;
       add("line", { class: "grid", y1: 0, y2: "100%", x1: x, x2: x });
       add("text", { x, y: "100%", dy: 18, "text-anchor": "middle" }, label);
     }
