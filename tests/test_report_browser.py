@@ -306,4 +306,4 @@ def test_without_script_and_on_paper_it_says_its_main_things(browser: webdriver.
         assert [b.text.split()[0] for b in shown(browser, ".value b")] == ["2.6000", "2.0500", "1.5000"]
         assert [cell.text for cell in shown(browser, "tbody th")] == ["first", "second", "third"]
         assert not shown(browser, "#curves .switch")
-        assert not shown(browser, "[data-show]")
+        assert not shown(browser, ".needs-script")
