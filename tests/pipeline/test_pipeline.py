@@ -1,7 +1,9 @@
 """The real pipeline, run by the real DVC, in a repository of its own and on a small text."""
 
+import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -24,6 +26,9 @@ KEYS = {
     "val_nanogpt",
     "val_sliding",
     "kernels",
+    "device",
+    "threads",
+    "torch",
 }
 
 
@@ -31,7 +36,7 @@ def params() -> dict:
     """The project's own params.yaml, on a small text and with short runs."""
     raw = yaml.safe_load((ROOT / "params.yaml").read_text())
     raw["corpus"]["path"] = "text.txt"
-    raw["ablation"]["seeds"] = [1]
+    raw["ablation"] = {"variants": ["bigram", "nanogpt-cpu"], "seeds": [1]}
     raw["evaluation"]["nanogpt_batches"] = 5
     raw["sample"]["max_new_tokens"] = 40
     raw["tracking"]["system_metrics"] = False
@@ -98,7 +103,8 @@ def tracked_runs(folder: Path) -> list:
 
 
 def test_one_command_leaves_models_samples_and_a_comparison(project: Path) -> None:
-    rows = json.loads((project / "reports/comparison.json").read_text())
+    metrics = json.loads((project / "reports/comparison.json").read_text())
+    rows = [row for variant in metrics.values() for row in variant["runs"]]
     assert [(row["variant"], row["seed"]) for row in rows] == [("bigram", 1), ("nanogpt-cpu", 1)]
     assert all(row.keys() >= KEYS for row in rows)
     assert "nanogpt-cpu" in (project / "reports/comparison.md").read_text()
@@ -108,6 +114,22 @@ def test_one_command_leaves_models_samples_and_a_comparison(project: Path) -> No
         assert sample.count(f"=== {variant}") == 2  # with and without a prompt
         assert not (project / f"models/{variant}-s1/state.safetensors").exists()
     assert not list((project / "checkpoints").iterdir())
+
+
+def test_the_page_names_the_stages_that_dvc_knows_and_what_they_were_run_on(project: Path) -> None:
+    page = (project / "reports/index.html").read_text()
+    stages = dvc(project, "stage", "list", "--name-only").stdout.split()
+    assert set(re.findall(r"train@[\w.-]+", page)) == {stage for stage in stages if stage.startswith("train@")}
+    assert hashlib.sha256(TEXT.encode()).hexdigest() in page
+    assert run(project, "git", "rev-parse", "HEAD").stdout.strip() in page
+    assert 'class="published"' not in page  # others' numbers are for another text
+
+
+def test_dvc_shows_the_metrics_of_each_variant(project: Path) -> None:
+    shown = json.loads(dvc(project, "metrics", "show", "--json", "reports/comparison.json").stdout)
+    metrics = shown[""]["data"]["reports/comparison.json"]["data"]
+    assert metrics["bigram"]["val_full"] > 0
+    assert metrics["nanogpt-cpu"]["steps"] == 20
 
 
 def test_every_variant_is_one_finished_run_in_mlflow(project: Path) -> None:
@@ -128,8 +150,8 @@ def test_editing_one_variant_reruns_it_alone_and_what_depends_on_it(project: Pat
     raw["variants"]["bigram"]["max_steps"] = 40
     write_params(project, raw)
     assert stages_run(dvc(project, "repro")) == {"train@bigram-1", "sample@bigram", "compare"}
-    rows = json.loads((project / "reports/comparison.json").read_text())
-    assert {row["variant"]: row["steps"] for row in rows} == {"bigram": 40, "nanogpt-cpu": 20}
+    metrics = json.loads((project / "reports/comparison.json").read_text())
+    assert {name: variant["steps"] for name, variant in metrics.items()} == {"bigram": 40, "nanogpt-cpu": 20}
 
     raw["ablation"]["variants"] = ["nanogpt-cpu"]
     write_params(project, raw)
@@ -187,6 +209,7 @@ def test_an_interrupted_stage_goes_on_under_its_own_mlflow_run(project: Path) ->
             "split",
             "too few for block_size",
         ),
+        (lambda raw: raw["ablation"].update(seeds=[1, 7]), "compare", "s7 holds no finished run"),
     ],
 )
 def test_what_users_get_wrong_is_one_sentence_and_exit_code_2(project: Path, change, stage: str, says: str) -> None:
