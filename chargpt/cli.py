@@ -1,7 +1,12 @@
 """The command line for people without DVC: train on any text, sample, evaluate, and see what this machine offers."""
 
 import argparse
+import contextlib
+import dataclasses
 import json
+import math
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,16 +14,24 @@ from chargpt import __version__
 from chargpt.errors import ConfigError, CorpusError, TokenizerError, user_errors
 
 if TYPE_CHECKING:
-    from chargpt.data import Tokens
+    import torch
+
+    from chargpt.config import TrainConfig
+    from chargpt.data import Splits, Tokens
+    from chargpt.fitting import Machine
     from chargpt.tokenizers import Tokenizer
+    from chargpt.training import Run
 
 EXAMPLES = {
     "train": """examples:
-  chargpt train my.txt                          nanoGPT's CPU configuration; the run goes to runs/my
-  chargpt train my.txt --set max_steps=500      the same command goes on after Ctrl-C
-  chargpt train poems/ --set model.n_layer=6 --set model.dropout=0.1 --out runs/poems-6
-  chargpt train my.txt --set model.kind=bigram
-  chargpt train my.txt --set max_steps=null --set max_seconds=300""",
+  chargpt train my.txt                          a minute or two; the run goes to runs/my
+  chargpt train my.txt --minutes 15             the same command goes on after Ctrl-C
+  chargpt train poems/ --preset cpu-best --set model.dropout=0.2 --out runs/poems-2
+  chargpt train my.txt --set model.kind=bigram --set max_steps=3000
+  chargpt train my.txt --config variant.yaml    exactly this, fitted to nothing
+
+Without --config, a preset is fitted to the text, this machine and the time; each choice is printed with its reason.
+What --set names stays as you set it.""",
     "sample": """examples:
   chargpt sample runs/my --prompt "ROMEO:" --stream
   chargpt sample models/nanogpt-cpu-s1 --num-samples 3 --temperature 1.0 --top-p 0.95""",
@@ -57,12 +70,17 @@ def build_parser() -> argparse.ArgumentParser:
     train = command("train", train_command, "Train a character-level model on a text; go on where a stopped run was.")
     train.add_argument("text", help="a text file, or a folder of text files")
     train.add_argument("--out", type=Path, help="the run's folder (default: runs/<name of the text>)")
-    train.add_argument("--config", type=Path, help="YAML with the fields of one variant of params.yaml")
+    train.add_argument("--minutes", type=float, metavar="N", help="time to train; it also chooses the preset")
+    base = train.add_mutually_exclusive_group()
+    base.add_argument(
+        "--preset", metavar="NAME", help="nanogpt-cpu, modern, cpu-best or best (default: by the minutes)"
+    )
+    base.add_argument("--config", type=Path, help="YAML with the fields of one variant of params.yaml, taken as it is")
     train.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change one knob, as in model.n_layer=6; repeat"
     )
     train.add_argument("--seed", type=int, default=1, help="of weights, batches and dropout (default: 1)")
-    train.add_argument("--val-fraction", type=float, default=0.1, help="last part of the text to validate on")
+    train.add_argument("--val-fraction", type=float, help="last part of the text to validate on (default: a tenth)")
     train.add_argument("--encoding", default="utf-8", help="of the text (default: utf-8)")
     train.add_argument("--track", action="store_true", help="log the run to MLflow (needs chargpt[pipeline])")
 
@@ -105,29 +123,32 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def train_command(arguments: argparse.Namespace) -> None:
-    from chargpt.config import (
-        EvaluationConfig,
-        SplitConfig,
-        TokenizerConfig,
-        TrackingConfig,
-        TrainConfig,
-        load_train_config,
-        override,
-    )
-    from chargpt.corpus import read_text
-    from chargpt.data import split_tokens
-    from chargpt.tokenizers import build_tokenizer
-    from chargpt.training import Run, train
+    from chargpt.config import EvaluationConfig, TrackingConfig, load_train_config
+    from chargpt.console import say
+    from chargpt.fitting import Request, Text, budgeted, choose_preset, fit
+    from chargpt.presets import PRESETS
+    from chargpt.runtime import resolve_device
+    from chargpt.training import Run, require_unfinished, train
 
-    config = override(load_train_config(arguments.config) if arguments.config else TrainConfig(), arguments.set)
-    text = read_text(arguments.text, arguments.encoding)
-    tokenizer = build_tokenizer(TokenizerConfig(), text)
-    splits = split_tokens(tokenizer.encode(text), tokenizer, SplitConfig(arguments.val_fraction).val_fraction)
+    request = Request(arguments.preset, arguments.minutes, tuple(arguments.set))
+    # Mistakes in the command show here, before the text is read.
+    start = load_train_config(arguments.config) if arguments.config else PRESETS[choose_preset(request, gpu=False)[0]]
+    config = budgeted(start, request)
+    device = resolve_device(config.device)
     name = Path(arguments.text).resolve().stem
-    run = Run(config.model.kind, arguments.seed, config, splits, name, arguments.out or Path("runs") / name)
-    metrics = train(run, EvaluationConfig(), TrackingConfig(enabled=arguments.track))
-    print(f"validation loss {metrics['val_full']:.4f} nats per token at step {metrics['best_step']}, in {run.folder}")
-    print(f"sample it: chargpt sample {run.folder} --stream")
+    folder = arguments.out or Path("runs") / name
+    require_unfinished(folder)
+    splits = _splits_of_text(arguments)
+    run = Run(config.model.kind, arguments.seed, config, splits, name, folder)
+    if arguments.config is None:
+        with _machine(run, device) as machine:
+            fitted = fit(request, Text(len(splits.train), len(splits.val), splits.tokenizer.vocab_size), machine)
+        for reason in fitted.reasons:
+            say(reason)
+        run = dataclasses.replace(run, variant=fitted.name, config=fitted.config)
+    # The other protocols would cost minutes; `chargpt eval` has them.
+    metrics = train(run, EvaluationConfig(), TrackingConfig(enabled=arguments.track), protocols=("full",))
+    print("\n".join(_result(run, metrics)))
 
 
 def sample_command(arguments: argparse.Namespace) -> None:
@@ -186,6 +207,73 @@ def info_command(arguments: argparse.Namespace) -> None:
 
     info = collect()
     print(json.dumps(info, indent=1) if arguments.json else as_text(info))
+
+
+def _splits_of_text(arguments: argparse.Namespace) -> "Splits":
+    from chargpt.config import SplitConfig, TokenizerConfig
+    from chargpt.console import say
+    from chargpt.corpus import read_text
+    from chargpt.data import require_size, split_tokens
+    from chargpt.fitting import validation_fraction
+    from chargpt.tokenizers import build_tokenizer
+
+    given = None if arguments.val_fraction is None else SplitConfig(arguments.val_fraction).val_fraction
+    text = read_text(arguments.text, arguments.encoding)
+    tokenizer = build_tokenizer(TokenizerConfig(), text)
+    fraction, reason = (given, "asked for") if given is not None else validation_fraction(len(text))
+    splits = split_tokens(tokenizer.encode(text), tokenizer, fraction)
+    require_size(splits, 1)
+    say(
+        f"text {arguments.text}: {len(text):,} characters, {tokenizer.vocab_size:,} of them different; "
+        f"the last {len(splits.val):,} are for validation ({reason})"
+    )
+    return splits
+
+
+@contextlib.contextmanager
+def _machine(run: "Run", device: "torch.device") -> "Iterator[Machine]":
+    """This machine, as `fit` asks about it. A run that goes on gets the answers it got when it began."""
+    from chargpt.files import replaced_file
+    from chargpt.fitting import Machine, Speed
+    from chargpt.runtime import available_memory
+    from chargpt.training import measure_speed
+
+    path = run.folder / "machine.json"
+    goes_on = os.path.lexists(run.folder / "last")
+    known: dict[str, Any] = {"memory": available_memory(device), "speeds": []}
+    if goes_on:
+        with contextlib.suppress(OSError, ValueError):  # a run that was not fitted, or by hand: measured again
+            known = json.loads(path.read_text(encoding="utf-8"))
+
+    def speed(config: "TrainConfig") -> Speed:
+        wanted = {"model": dataclasses.asdict(config.model), "batch_size": config.batch_size}
+        for measured in known["speeds"]:
+            if measured["of"] == wanted:
+                return Speed(measured["training"], measured["evaluation"])
+        found = measure_speed(dataclasses.replace(run, config=config))
+        known["speeds"].append({"of": wanted, **dataclasses.asdict(found)})
+        return found
+
+    yield Machine(device.type == "cuda", known["memory"], speed)
+    if not goes_on:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        with replaced_file(path) as file:
+            file.write(json.dumps(known, indent=1).encode())
+
+
+def _result(run: "Run", metrics: dict[str, Any]) -> Iterator[str]:
+    """What a user wants to know at the end: the loss, what it means, what a guess would lose, and how to sample."""
+    from chargpt.evaluation import guess_losses
+
+    loss = metrics["val_full"]
+    yield (
+        f"validation loss {loss:.4f} nats per character ({loss / math.log(2):.3f} bits) at step {metrics['best_step']} "
+        f"of {metrics['steps']}, in {run.folder}"
+    )
+    yield f"that is as if each character were a choice among {math.exp(loss):.2f}; guesses without a model lose:"
+    for guess, value in guess_losses(run.splits).items():
+        yield f"  {value:.4f} nats ({value / math.log(2):.3f} bits) {guess}"
+    yield f"sample it: chargpt sample {run.folder} --stream"
 
 
 def _tokens_of_text(path: str, encoding: str, tokenizer: "Tokenizer") -> "Tokens":

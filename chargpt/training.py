@@ -9,14 +9,16 @@ import contextlib
 import dataclasses
 import fcntl
 import hashlib
+import itertools
 import json
 import math
 import os
+import re
 import tempfile
 import time
 import typing
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,11 +41,12 @@ from chargpt.config import (
 from chargpt.console import Interrupts, Progress, duration, say
 from chargpt.data import BatchSource, EpochBatches, RandomBatches, Splits, require_size, write_splits
 from chargpt.errors import CheckpointError, RunInterruptedError, TrainingError
-from chargpt.evaluation import evaluate, full_loss
+from chargpt.evaluation import PROTOCOLS, TOKENS_PER_PASS, evaluate, full_loss
 from chargpt.files import replaced_file
+from chargpt.fitting import WHAT_TO_LOWER, Speed, require_memory
 from chargpt.models import Model, build_model, parameter_count
 from chargpt.optim import build_optimizers, learning_rate_scale, set_learning_rate
-from chargpt.runtime import Runtime, device_name, resolve_runtime
+from chargpt.runtime import Runtime, available_memory, device_name, resolve_runtime
 from chargpt.sampling import generate_text
 from chargpt.tracking import Dataset, Point, RunDescription, Tracker, open_tracker
 
@@ -95,23 +98,24 @@ class State:
         return typing.cast(Model, self.average.module) if self.average is not None else self.model
 
 
-def train(run: Run, evaluation: EvaluationConfig, tracking: TrackingConfig) -> dict[str, Any]:
-    """Train until the budget is spent, going on from the folder's last checkpoint if there is one.
+def train(
+    run: Run, evaluation: EvaluationConfig, tracking: TrackingConfig, protocols: Sequence[str] = PROTOCOLS
+) -> dict[str, Any]:
+    """Train until the budget or the patience is spent, going on from the folder's last checkpoint if there is one.
 
-    Leaves in `run.folder`: best/ and last/ (checkpoints), config.yaml, curve.csv, sample.txt and metrics.json, which is
-    also what it returns.
-    Raises TrainingError (folder in use or finished, loss not finite), CheckpointError (the last checkpoint is damaged,
-    or of another config), RunInterruptedError (SIGINT or SIGTERM, with everything saved), CorpusError (too few tokens).
+    The best checkpoint is scored by each of `protocols`, of which `full` must be one. Leaves in `run.folder`: best/ and
+    last/ (checkpoints), config.yaml, curve.csv, sample.txt and metrics.json, which is also what it returns.
+    Raises TrainingError (folder in use or finished, loss not finite, too little memory), CheckpointError (the last
+    checkpoint is damaged, or of another config), RunInterruptedError (SIGINT or SIGTERM, with everything saved),
+    CorpusError (too few tokens).
     """
     require_size(run.splits, run.config.model.block_size)
     run.folder.mkdir(parents=True, exist_ok=True)
-    with _locked(run.folder), Interrupts() as interrupts:
-        if (run.folder / "metrics.json").exists():
-            raise TrainingError(
-                f"{run.folder} holds a finished run; choose another folder, or delete it to train again"
-            )
+    with _locked(run.folder), Interrupts() as interrupts, _memory_errors(run):
+        require_unfinished(run.folder)
         checkpoint.remove_unreferenced(run.folder)
         runtime = resolve_runtime(run.config)
+        require_memory(run.config, run.splits.tokenizer.vocab_size, available_memory(runtime.device))
         state = _new_state(run, runtime)
         if os.path.lexists(run.folder / "last"):  # a link that leads nowhere is damage, not a new run
             _resume(state, run, runtime)
@@ -125,13 +129,19 @@ def train(run: Run, evaluation: EvaluationConfig, tracking: TrackingConfig) -> d
         state.run_id = tracker.run_id
         try:
             _loop(state, run, runtime, tracker, interrupts)
-            return _finish(state, run, runtime, evaluation, tracker)
+            return _finish(state, run, runtime, evaluation, tracker, protocols)
         except (KeyboardInterrupt, RunInterruptedError):
             tracker.finish("KILLED")
             raise
         except BaseException:
             tracker.finish("FAILED")
             raise
+
+
+def require_unfinished(folder: Path) -> None:
+    """Raise TrainingError when the folder holds a finished run."""
+    if (folder / "metrics.json").exists():
+        raise TrainingError(f"{folder} holds a finished run; choose another folder, or delete it to train again")
 
 
 # --------------------------------------------------------------------------------------------------------------- steps
@@ -171,7 +181,7 @@ def _backward(
 
 
 def _loop(state: State, run: Run, runtime: Runtime, tracker: Tracker, interrupts: Interrupts) -> None:
-    """Steps until the budget is spent, with a point of the curve, an evaluation and a checkpoint where they are due."""
+    """Steps until budget or patience is spent, with points of the curve, evaluations and checkpoints where due."""
     config = run.config
     model = typing.cast(Model, torch.compile(state.model)) if runtime.compile else state.model
     state.model.train()
@@ -181,7 +191,7 @@ def _loop(state: State, run: Run, runtime: Runtime, tracker: Tracker, interrupts
         else:
             _evaluate_and_save(state, run, runtime, tracker, progress)
         clock = _Clock(state)
-        while not _spent(state, config):
+        while not (_spent(state, config) or _patience_lost(state, config)):
             set_learning_rate(state.optimizers, _learning_rate_scale(state, config))
             loss, norm = training_step(model, state.optimizers, state.batches, config, runtime)
             if state.average is not None:
@@ -209,6 +219,12 @@ def _loop(state: State, run: Run, runtime: Runtime, tracker: Tracker, interrupts
             f"stopped at step {state.step} by {interrupts.requested}; everything is saved in {run.folder}, "
             f"and the same command goes on from there"
         )
+    if _patience_lost(state, config):
+        assert state.best is not None
+        say(
+            f"stopping at step {state.step}: no lower validation loss in {config.patience} evaluations; "
+            f"the model of step {state.best[0]} is the result"
+        )
 
 
 def _spent(state: State, config: TrainConfig) -> bool:
@@ -216,6 +232,36 @@ def _spent(state: State, config: TrainConfig) -> bool:
         return state.step >= config.max_steps
     assert config.max_seconds is not None
     return state.seconds >= config.max_seconds
+
+
+def _patience_lost(state: State, config: TrainConfig) -> bool:
+    """Whether the last `patience` evaluations found nothing better: of the saved state alone, for an exact resume."""
+    if config.patience is None or state.best is None:
+        return False
+    since = itertools.takewhile(lambda point: point.step > state.best[0], reversed(state.history))  # type: ignore[index]
+    return sum("val/loss" in point.metrics for point in since) >= config.patience
+
+
+def overfits(history: Sequence[Point]) -> bool:
+    """Whether the validation loss rose from its lowest through three evaluations while the training loss fell.
+
+    True at the first evaluation where it is so, so that a warning comes once, and not again after a resume.
+    """
+    val: list[float] = []
+    train: list[float] = []  # the mean between the evaluation before and this one
+    losses: list[float] = []
+    for point in history:
+        if "train/loss" in point.metrics:
+            losses.append(point.metrics["train/loss"])
+        if "val/loss" in point.metrics:
+            val.append(point.metrics["val/loss"])
+            train.append(sum(losses) / len(losses) if losses else math.inf)
+            losses.clear()
+    found = [
+        min(val[:n]) == val[n - 3] < val[n - 2] < val[n - 1] < val[n] and train[n] < train[n - 3]
+        for n in range(3, len(val))
+    ]
+    return bool(found) and found[-1] and not any(found[:-1])
 
 
 def _learning_rate_scale(state: State, config: TrainConfig) -> float:
@@ -249,7 +295,9 @@ def _record(state: State, run: Run, loss: float, norm: float) -> float:
 
 def _evaluate_and_save(state: State, run: Run, runtime: Runtime, tracker: Tracker, progress: Progress) -> None:
     with runtime.autocast():
-        loss = full_loss(state.delivered, run.splits.val_with_context, runtime.device)
+        scored = run.config.eval_tokens
+        part = run.splits.val_with_context[: None if scored is None else 1 + scored]
+        loss = full_loss(state.delivered, part, runtime.device)
     if not math.isfinite(loss):
         raise _not_finite(f"the validation loss became {loss}", state, run)
     tokens = float(state.step * run.config.tokens_per_step)
@@ -259,6 +307,11 @@ def _evaluate_and_save(state: State, run: Run, runtime: Runtime, tracker: Tracke
     if state.best is None or loss < state.best[1]:
         state.best = (state.step, loss)
     progress.report(state.step, state.seconds, loss)
+    if overfits(state.history):
+        say(
+            f"overfitting: since step {state.best[0]} the validation loss rises from {state.best[1]:.4f} while the "
+            f"training loss falls; what helps: more text, a higher model.dropout, a shorter run, or a smaller model"
+        )
     _save(state, run, runtime, tracker)
 
 
@@ -418,6 +471,43 @@ def estimate(state: State, run: Run, runtime: Runtime) -> str:
     )
 
 
+def measure_speed(run: Run, seconds: float = 1.0) -> Speed:
+    """Train for about so many seconds, score some validation text, and forget both: tokens per second of each.
+
+    Without torch.compile, which takes longer than this to compile. Raises TrainingError when memory runs out, and
+    CorpusError for too few tokens.
+    """
+    config = run.config
+    require_size(run.splits, config.model.block_size)
+    with _memory_errors(run), torch.random.fork_rng():
+        runtime = resolve_runtime(config)
+        state = _new_state(run, runtime)
+        state.model.train()
+
+        def step() -> None:
+            training_step(state.model, state.optimizers, state.batches, config, runtime)
+            runtime.synchronize()
+
+        def score() -> None:
+            with runtime.autocast():
+                full_loss(state.model, tokens, runtime.device)
+
+        tokens = run.splits.val_with_context[: 1 + 2 * TOKENS_PER_PASS]
+        training, evaluation = (_seconds_each(action, seconds * share) for action, share in ((step, 0.8), (score, 0.2)))
+    return Speed(config.tokens_per_step / training, (len(tokens) - 1) / evaluation)
+
+
+def _seconds_each(action: Callable[[], None], seconds: float) -> float:
+    """Mean time of one call, over as many as begin within `seconds`, after a first that pays for allocation."""
+    action()
+    start = time.perf_counter()
+    for calls in itertools.count(1):
+        action()
+        if (passed := time.perf_counter() - start) >= seconds:
+            return passed / calls
+    raise AssertionError  # count() has no end
+
+
 def _trial(state: State, run: Run, runtime: Runtime) -> tuple[int, float]:
     """Bytes that one batch keeps for its backward pass, and seconds that both passes take."""
     kept: dict[int, int] = {}
@@ -443,13 +533,20 @@ def _trial(state: State, run: Run, runtime: Runtime) -> tuple[int, float]:
     return sum(kept.values()) // 2, seconds
 
 
-def _finish(state: State, run: Run, runtime: Runtime, evaluation: EvaluationConfig, tracker: Tracker) -> dict[str, Any]:
-    """Evaluate the best checkpoint by every protocol, leave the results in the folder, and close the tracked run."""
+def _finish(
+    state: State,
+    run: Run,
+    runtime: Runtime,
+    evaluation: EvaluationConfig,
+    tracker: Tracker,
+    protocols: Sequence[str],
+) -> dict[str, Any]:
+    """Evaluate the best checkpoint by each protocol, leave the results in the folder, and close the tracked run."""
     assert state.best is not None
     config = run.config
     model, tokenizer = checkpoint.load_model(run.folder / "best", runtime.device, config.kernels)
     # In fp32, whatever it was trained in, so that `chargpt eval` gives the same numbers.
-    losses = evaluate(model, run.splits.val_with_context, evaluation, config.batch_size, runtime.device)
+    losses = evaluate(model, run.splits.val_with_context, evaluation, config.batch_size, runtime.device, protocols)
     text = generate_text(model, tokenizer, "", SampleConfig(max_new_tokens=300), runtime.device)[0]
     val_losses = [point.metrics["val/loss"] for point in state.history if "val/loss" in point.metrics]
     metrics = {
@@ -521,6 +618,23 @@ def _write_curve(history: list[Point], tokens_per_step: int, path: Path) -> None
 def _write_text(path: Path, text: str) -> None:
     with replaced_file(path) as file:
         file.write(text.encode())
+
+
+@contextlib.contextmanager
+def _memory_errors(run: Run) -> Iterator[None]:
+    """A sentence for the user in place of the errors with which torch and Python run out of memory."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        # torch.OutOfMemoryError, a RuntimeError, is of GPUs alone; on a CPU the message has to tell.
+        refused = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not refused and not re.search("not enough memory|can't allocate memory", str(error)):
+            raise
+        saved = f"; {run.folder} keeps the last checkpoint" if (run.folder / "last").exists() else ""
+        raise TrainingError(
+            f"memory ran out with batch_size {run.config.batch_size} and {run.splits.tokenizer.vocab_size:,} symbols; "
+            f"{WHAT_TO_LOWER}{saved}"
+        ) from None
 
 
 class _Clock:

@@ -58,6 +58,9 @@ CASES = {
     "transformer-adamw-random-accumulated-ema": override(
         TRANSFORMER, ["sampling=random", "gradient_accumulation_steps=3", "ema_decay=0.9"]
     ),
+    "transformer-patience-part": override(
+        TRANSFORMER, ["max_steps=60", "eval_interval=2", "optimizer.learning_rate=0.3", "patience=4", "eval_tokens=150"]
+    ),
     "transformer-muon-epoch": override(TRANSFORMER, ["optimizer.kind=muon", "schedule.kind=wsd", "grad_clip=null"]),
     "transformer-muon-random-ema": override(
         TRANSFORMER, ["optimizer.kind=muon", "sampling=random", "ema_decay=0.8", "model.tied_head=false"]
@@ -110,7 +113,7 @@ def result(folder: Path) -> dict[str, Any]:
 
 def curve(checkpoint: Path) -> list[tuple[int, dict[str, float]]]:
     """The history of a checkpoint without its times."""
-    timed = ("train/seconds", "perf/tokens_per_second")
+    timed = ("train/seconds", "val/seconds", "perf/tokens_per_second")
     return [
         (step, {name: value for name, value in metrics.items() if name not in timed})
         for step, _, metrics in read_description(checkpoint)["training"]["history"]

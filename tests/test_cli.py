@@ -1,6 +1,7 @@
 """`chargpt` at the command line: train, sample, eval and info on one's own text, and signals from a terminal."""
 
 import json
+import math
 import os
 import re
 import shlex
@@ -11,13 +12,17 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import runs
+import yaml
 
-from chargpt import __version__, cli
+from chargpt import __version__, cli, training
 from chargpt.config import TokenizerConfig
 from chargpt.data import split_tokens, write_splits
+from chargpt.fitting import Speed
+from chargpt.presets import PRESETS
 from chargpt.tokenizers import build_tokenizer
 
 TINY = [
@@ -76,6 +81,11 @@ def test_help_of_each_command_has_examples_that_parse(command: str, chargpt: Cha
         cli.build_parser().parse_args(shlex.split(example)[1:])
 
 
+def test_help_names_every_preset(chargpt: Chargpt) -> None:
+    out = " ".join(chargpt("train", "--help")[1].split())
+    assert ", ".join([*PRESETS][:-1]) + f" or {[*PRESETS][-1]} (default" in out
+
+
 def test_help_lists_the_commands_and_version_is_the_packages(chargpt: Chargpt) -> None:
     code, out, _ = chargpt("--help")
     assert code == 0
@@ -89,7 +99,8 @@ def test_help_lists_the_commands_and_version_is_the_packages(chargpt: Chargpt) -
 def test_training_leaves_a_run_that_needs_nothing_else(trained: Path) -> None:
     run = trained / "runs" / "my"
     names = {path.name for path in run.iterdir() if not path.name.startswith((".", "step-"))}
-    assert names == {"best", "last", "config.yaml", "curve.csv", "data", "metrics.json", "sample.txt"}
+    files = {"config.yaml", "curve.csv", "data", "machine.json", "metrics.json", "sample.txt"}
+    assert names == {"best", "last"} | files
     assert not (trained / "mlflow.db").exists()
 
 
@@ -100,12 +111,55 @@ def test_training_says_the_loss_where_it_is_and_how_to_sample(chargpt: Chargpt, 
     code, out, err = chargpt("train", "poems", "--out", "there/it-is", "--set", "model.kind=bigram", *TINY[:8])
     assert code == 0
     loss = json.loads(Path("there/it-is/metrics.json").read_text())["val_full"]
-    first, second = out.splitlines()
-    assert first.startswith(f"validation loss {loss:.4f} nats per token at step ")
-    assert first.endswith("in there/it-is")
-    assert second == "sample it: chargpt sample there/it-is --stream"
+    first, meaning, *guesses, last = out.splitlines()
+    assert first.startswith(f"validation loss {loss:.4f} nats per character ({loss / math.log(2):.3f} bits) at step ")
+    assert first.endswith(" of 12, in there/it-is")
+    assert f" a choice among {math.exp(loss):.2f};" in meaning
+    assert [float(guess.split()[0]) for guess in guesses] == sorted(
+        map(float, re.findall(r"^  ([\d.]+) nats", out, re.M))
+    )[::-1]
+    assert len(guesses) == 3
+    assert last == "sample it: chargpt sample there/it-is --stream"
     assert "MiB of memory" in err
-    assert chargpt(*second.split()[3:], "--max-new-tokens", "5")[0] == 0
+    assert chargpt(*last.split()[3:], "--max-new-tokens", "5")[0] == 0
+
+
+def test_each_choice_is_told_with_its_reason_and_what_is_set_by_hand_stays(chargpt: Chargpt, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(runs.words(4000), encoding="utf-8")
+    arguments = ("--minutes", "0.02", "--set", "model.n_layer=1", "--set", "model.n_embd=32", "--set", "device=cpu")
+    code, _, err = chargpt("train", "text.txt", *arguments)
+    assert code == 0
+    lines = err.splitlines()
+    assert "text text.txt: 4,000 characters, 19 of them different; the last 800 are for validation" in lines[0]
+    assert lines[1].startswith("preset modern: the usual one for 0.02 min on a CPU")
+    for knob in ("block_size 128", "eval_interval", "patience"):
+        assert sum(line.startswith(f"{knob} ") for line in lines) == (knob != "block_size 128"), knob
+    config = yaml.safe_load(Path("runs/text/config.yaml").read_text(encoding="utf-8"))
+    assert (config["model"]["n_layer"], config["model"]["n_embd"]) == (1, 32)
+    assert (config["max_steps"], config["max_seconds"]) == (None, 1.2)
+    assert json.loads(Path("runs/text/metrics.json").read_text())["variant"] == "modern"
+
+
+def test_a_fitted_run_goes_on_as_it_was_fitted_though_the_machine_is_slower_now(
+    chargpt: Chargpt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "text.txt").write_text(runs.words(4000), encoding="utf-8")
+    small = ("--set", "model.n_layer=1", "--set", "model.n_embd=32", "--set", "device=cpu", "--minutes", "0.02")
+    speeds = iter([Speed(100_000, 100_000)] * 2 + [Speed(10, 10)] * 2)
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "measure_speed", lambda run: next(speeds))
+        with monkeypatch.context() as stopping:
+            stopping.setattr(training, "evaluate", interrupt)
+            assert chargpt("train", "text.txt", *small)[0] == 2
+        code, _, err = chargpt("train", "text.txt", *small, "--set", "patience=99")
+        assert code == 2
+        assert re.findall(r"^  (\w+): .*→", err, re.M) == ["patience"]
+        assert chargpt("train", "text.txt", *small)[0] == 0
+        assert next(speeds) == Speed(10, 10)  # nothing was measured again
+
+
+def interrupt(*_: Any, **__: Any) -> Any:
+    raise KeyboardInterrupt
 
 
 def test_a_finished_run_is_not_trained_again(chargpt: Chargpt, trained: Path) -> None:
@@ -164,7 +218,9 @@ def test_eval_gives_the_numbers_of_the_run(chargpt: Chargpt, trained: Path) -> N
     metrics = json.loads((trained / "runs/my/metrics.json").read_text())
     code, out, err = chargpt("eval", trained / "runs/my", "--json")
     assert (code, err) == (0, "")
-    assert json.loads(out) == {name: metrics[f"val_{name}"] for name in ("full", "sliding", "nanogpt")}
+    losses = json.loads(out)
+    assert losses.keys() == {"full", "sliding", "nanogpt"}
+    assert losses["full"] == metrics["val_full"]
     _, out, _ = chargpt("eval", trained / "runs/my/last", "--protocol", "full")
     assert out == f"full     {metrics['val_full_last']:.4f} nats per token\n"
 

@@ -21,12 +21,13 @@ from torch import nn
 
 from chargpt import training
 from chargpt.checkpoint import load_model, load_state
-from chargpt.config import TrainConfig, override
+from chargpt.config import TrackingConfig, TrainConfig, override
 from chargpt.console import Progress, duration
 from chargpt.errors import CheckpointError, ConfigError, CorpusError, RunInterruptedError, TrainingError
 from chargpt.models import build_model
 from chargpt.optim import build_optimizers
 from chargpt.runtime import resolve_runtime
+from chargpt.tracking import Point
 
 DROPOUT_EMA = override(runs.TRANSFORMER, ["ema_decay=0.9"])
 
@@ -283,6 +284,124 @@ def test_a_signal_saves_tells_the_tracker_and_the_run_goes_on_bitwise(
     runs.train(folder, config)
     assert tracker.finished[2:] == ["FINISHED"]
     assert runs.result(folder) == runs.result(tmp_path / "whole")
+
+
+# ----------------------------------------------------------------------------------------------- when to stop, memory
+
+
+def test_a_run_that_overfits_stops_at_patience_warns_once_and_delivers_its_best(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = runs.CASES["transformer-patience-part"]
+    metrics = runs.train(tmp_path / "run", config)
+    err = capsys.readouterr().err
+    history = runs.curve(tmp_path / "run" / "last")
+    losses = [(step, point["val/loss"]) for step, point in history if "val/loss" in point]
+    best = min(losses, key=lambda pair: pair[1])[0]
+    assert config.max_steps is not None
+    assert config.patience is not None
+    assert metrics["best_step"] == best < metrics["steps"] < config.max_steps
+    assert [step for step, _ in losses if step > best] == [best + 2 * i for i in range(1, config.patience + 1)]
+    assert err.count(f"stopping at step {metrics['steps']}: no lower validation loss in {config.patience} ev") == 1
+    assert (tmp_path / "run" / "best").resolve().name == f"step-{best:06d}"
+
+
+def point(step: int, train: float | None = None, val: float | None = None) -> Point:
+    metrics = {"train/loss": train, "val/loss": val}
+    return Point(step, 0.0, {name: value for name, value in metrics.items() if value is not None})
+
+
+@pytest.mark.parametrize(
+    ("val", "train", "warned"),
+    [
+        ([4.0, 3.0, 2.0, 2.1, 2.2, 2.3, 2.4], [3.5, 2.5, 1.5, 1.4, 1.3, 1.2], [5]),
+        ([4.0, 3.0, 2.0, 2.1, 2.2, 1.9, 2.0, 2.1, 2.2], [3.5, 2.5, 1.5, 1.4, 1.3, 1.2, 1.1, 1.0], [8]),
+        ([4.0, 3.0, 2.0, 2.1, 2.05, 2.3, 2.4], [3.5, 2.5, 1.5, 1.4, 1.3, 1.2], []),  # up and down
+        ([4.0, 3.0, 2.0, 2.1, 2.2, 2.3, 2.4], [3.5, 2.5, 2.6, 2.7, 2.8, 2.9], []),  # both rise: it diverges
+        ([4.0, 3.0, 2.0, 1.9, 1.8], [3.5, 2.5, 1.5, 1.4], []),
+        ([4.0], [], []),
+    ],
+)
+def test_overfitting_is_found_once_where_validation_rises_and_training_falls(
+    val: list[float], train: list[float], warned: list[int]
+) -> None:
+    history = [point(0, val=val[0])]
+    found = []
+    for i, loss in enumerate(val[1:], start=1):
+        history += [point(2 * i - 1, train=train[i - 1] + 0.01), point(2 * i, train[i - 1] - 0.01, loss)]
+        if training.overfits(history):
+            found.append(i)
+    assert found == warned
+    assert not training.overfits(history[:1])
+
+
+def test_evaluations_while_training_score_the_first_tokens_and_the_result_all_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths = []
+    whole = training.full_loss
+    monkeypatch.setattr(
+        training,
+        "full_loss",
+        lambda model, tokens, device: (lengths.append(len(tokens)), whole(model, tokens, device))[1],
+    )
+    run = runs.make_run(tmp_path / "run", override(runs.BIGRAM, ["eval_tokens=50"]))
+    metrics = training.train(run, runs.EVALUATION, TrackingConfig(enabled=False))
+    assert set(lengths) == {51}
+    model, _ = load_model(tmp_path / "run" / "best")
+    assert metrics["val_full"] == pytest.approx(whole(model, run.splits.val_with_context), rel=1e-5)
+    assert metrics["val_full"] != pytest.approx(whole(model, run.splits.val_with_context[:51]), rel=1e-3)
+
+
+def allocation_error() -> RuntimeError:
+    """What torch raises on a CPU for more memory than there is."""
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**55, dtype=torch.uint8)
+    return caught.value
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), MemoryError(), allocation_error()])
+def test_running_out_of_memory_says_what_to_lower_and_keeps_the_checkpoint(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tracker: runs.FakeTracker
+) -> None:
+    steps = iter(range(100))
+    whole_step = training.training_step
+
+    def step(*arguments: Any) -> Any:
+        if next(steps) == 8:
+            raise error
+        return whole_step(*arguments)
+
+    monkeypatch.setattr(training, "training_step", step)
+    with pytest.raises(
+        TrainingError, match=r"memory ran out with batch_size 4 and 19 symbols; lower batch_size, .*keeps"
+    ):
+        runs.train(tmp_path / "run")
+    assert tracker.finished == ["FAILED"]
+    assert load_state(tmp_path / "run" / "last")[2]["step"] == 6
+
+
+def test_other_errors_of_torch_stay_errors_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def step(*_: Any) -> Any:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(training, "training_step", step)
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        runs.train(tmp_path / "run")
+
+
+def test_what_cannot_fit_is_refused_before_any_weight_is_made(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"training would take about .* MiB of memory"):
+        runs.train(tmp_path / "run", override(runs.TRANSFORMER, ["model.n_embd=4000000"]))
+
+
+def test_measuring_the_speed_leaves_no_trace(tmp_path: Path) -> None:
+    run = runs.make_run(tmp_path / "run", runs.TRANSFORMER)
+    before = torch.get_rng_state()
+    speed = training.measure_speed(run, seconds=0.05)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not run.folder.exists()
+    assert 100 < speed.training < speed.evaluation * 10
 
 
 def test_signal_handlers_are_put_back(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import runs
-from test_cli import TINY, Chargpt, chargpt, one_error, start, trained
+from test_cli import TINY, Chargpt, chargpt, interrupt, one_error, start, trained
 
 from chargpt import training
 from chargpt.errors import ChargptError, user_errors
@@ -25,7 +25,7 @@ BAD_TEXTS: dict[str, tuple[bytes | None, str]] = {
     "latin.txt": (b"caf\xe9 " * 100, r"latin\.txt is not in utf-8: byte 0xe9 at offset 3 .*encoding"),
     "cut.txt": ("мир".encode()[:-1], r"cut\.txt is not in utf-8: byte 0xd1 at offset 4 "),
     "small.txt": (b"to be", r"tokens"),
-    "short.txt": (b"to be or not to be " * 3, r"too few for block_size 8"),
+    "short.txt": (b"to be or not to be, so", r"too few for block_size 8"),
     "one.txt": (b"x", r"1 tokens? cannot be split"),
 }
 
@@ -56,6 +56,14 @@ def test_a_text_that_cannot_be_trained_on(name: str, chargpt: Chargpt, tmp_path:
         (["--set", "optimizer.learning_rate=-1"], r"learning_rate must be positive"),
         (["--set", "device=gpu"], r"device must be auto, cpu, cuda or cuda:N, got 'gpu'"),
         (["--set", "kernels=fast"], r"kernels must be one of auto, "),
+        (["--preset", "modem"], r"no preset is called 'modem'; did you mean modern\?"),
+        (["--minutes", "3"], r"--minutes and --set max_steps=… both set the budget; leave one out"),
+        (["--minutes", "-1"], r"--minutes must be positive and finite, got -1\.0"),
+        (["--set", "patience=0"], r"patience must be at least 1 or null, got 0"),
+        (
+            ["--set", "model.n_embd=1000000"],
+            r"training would take about .* MiB of memory, and .* free; lower batch_size",
+        ),
         (["--config", "no.yaml"], r"no\.yaml does not exist"),
         (["--config", "typo.yaml"], r"typo\.yaml: unknown key max_step; did you mean max_steps\?"),
         (["--config", "list.yaml"], r"list\.yaml: the file must be a group of knobs"),
@@ -143,10 +151,6 @@ def test_going_on_under_another_config_shows_every_difference(
     assert "runs/text holds a run under another config" in first
     assert rest == ["  batch_size: 4 → 5", "  model.n_embd: 8 → 16"]
     assert chargpt("train", "text.txt", *TINY)[0] == 0
-
-
-def interrupt(*_: Any, **__: Any) -> Any:
-    raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize(

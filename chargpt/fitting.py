@@ -1,0 +1,292 @@
+"""How `chargpt train` fits a preset to a text, a machine and a time: a pure function, with a reason for each choice.
+
+The one idea to know: what decides is how often the run will read the text, and that follows from the measured speed,
+the time and the length of the text. Nothing that the user set by hand is touched.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from chargpt.config import ModelConfig, TrainConfig, TransformerConfig, nearest, override
+from chargpt.console import duration
+from chargpt.errors import ConfigError, TrainingError
+from chargpt.evaluation import TOKENS_PER_PASS
+from chargpt.models.transformer import BIGRAM_ROWS
+from chargpt.presets import PRESETS
+
+# The longest time for which a preset is the best of the three, on a CPU; a GPU takes the next one.
+LADDER = (("modern", 3 * 60.0), ("cpu-best", 20 * 60.0), ("best", float("inf")))
+# Passes over the text up to which a dropout is enough, and the dropout.
+DROPOUT = ((4, 0.0), (10, 0.1), (25, 0.2), (math.inf, 0.3))
+RARE_PASSES = 2  # fewer cannot overfit, and need none
+TUNED_ON = 1_003_854  # tokens of training text on which the presets were tuned, each for its own time
+MOST_PASSES = 40  # the loss of 30,000 characters was lowest after 22 to 27 passes with a dropout of 0.3
+EVALUATION_SHARE = 0.1  # of the time of training
+EVALUATIONS = (10, 30)  # fewest and most in one run
+FEWEST_SCORED = 16_384  # validation tokens; fewer would choose the best checkpoint by chance
+MOST_VALIDATION = 500_000  # tokens: the error of a mean over so many is below a hundredth of a nat
+BYTES = 4  # of a float32
+WHAT_TO_LOWER = "lower batch_size, model.block_size, model.n_layer or model.n_embd, or close other programs"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for."""
+
+    preset: str | None = None
+    minutes: float | None = None
+    assignments: tuple[str, ...] = ()  # key=value, as in `override`
+
+
+@dataclass(frozen=True)
+class Text:
+    """What matters of a text."""
+
+    train_tokens: int
+    val_tokens: int
+    vocab_size: int
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Tokens per second under one config on this machine."""
+
+    training: float
+    evaluation: float
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What matters of a machine. `speed` is called once or twice, and may take some seconds to measure."""
+
+    gpu: bool
+    memory: int | None  # bytes that are free; None: not known
+    speed: Callable[[TrainConfig], Speed]
+
+
+class _Choices:
+    """A config in the making, with a reason for each change; knobs that the user set stay as they are."""
+
+    def __init__(self, config: TrainConfig, fixed: frozenset[str]) -> None:
+        self.config, self.fixed, self.reasons = config, fixed, list[str]()
+
+    def set(self, reason: str, knobs: dict[str, object]) -> None:
+        """Change knobs, all of them or, where one is the user's, none."""
+        if not self.fixed & knobs.keys():
+            self.config = override(self.config, [f"{key}={value}" for key, value in knobs.items()])
+            self.reasons.append(reason)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A config, the name for it (of its preset, or of another kind of model), and a line for each choice."""
+
+    config: TrainConfig
+    name: str
+    reasons: tuple[str, ...]
+
+
+def fit(request: Request, text: Text, machine: Machine) -> Fitted:
+    """A config for this text, machine and time, with reasons.
+
+    In order of precedence: the request's assignments, its minutes, what is fitted here, the preset. Raises ConfigError
+    for an unknown preset, assignments that `override` refuses, or minutes against a budget among the assignments, and
+    TrainingError when the model does not fit into the memory.
+    """
+    name, reason = choose_preset(request, machine.gpu)
+    fixed = frozenset(assignment.partition("=")[0] for assignment in request.assignments)
+    choices = _Choices(budgeted(PRESETS[name], request), fixed)
+    choices.reasons.append(reason)
+    _fit_block(choices, text)
+    _fit_memory(choices, text, machine)
+    before, speed = choices.config.model, machine.speed(choices.config)
+    _fit_passes(choices, text, speed, PRESETS[name])
+    if choices.config.model != before:
+        speed = machine.speed(choices.config)
+    _fit_evaluation(choices, text, speed)
+    kind = choices.config.model.kind
+    return Fitted(choices.config, name if kind == PRESETS[name].model.kind else kind, tuple(choices.reasons))
+
+
+def validation_fraction(tokens: int) -> tuple[float, str]:
+    """The last part of a text of so many tokens to validate on, and why."""
+    if tokens * 0.1 > MOST_VALIDATION:
+        return MOST_VALIDATION / tokens, f"the last {MOST_VALIDATION:,} characters measure a loss to a hundredth"
+    if tokens < 10_000:
+        return 0.2, "a tenth of so short a text would measure nothing"
+    return 0.1, "the last tenth of the text"
+
+
+def choose_preset(request: Request, gpu: bool) -> tuple[str, str]:
+    """The name of the preset to start from, and a line that says why. Raises ConfigError for an unknown one."""
+    if request.preset is not None:
+        if request.preset not in PRESETS:
+            raise ConfigError(f"no preset is called {request.preset!r}{nearest(request.preset, PRESETS)}")
+        return request.preset, f"preset {request.preset}: asked for"
+    if request.minutes is None:
+        return LADDER[0][0], f"preset {LADDER[0][0]}: the default; --minutes N chooses by the time there is"
+    place = next(i for i, (_, longest) in enumerate(LADDER) if request.minutes * 60 <= longest)
+    name = LADDER[min(place + gpu, len(LADDER) - 1)][0]
+    return name, f"preset {name}: the usual one for {request.minutes:g} min on a {'GPU' if gpu else 'CPU'}"
+
+
+def budgeted(preset: TrainConfig, request: Request) -> TrainConfig:
+    """The preset under the assignments, with one budget: the assigned one, else the minutes, else the preset's own.
+
+    Raises ConfigError as `override` does, for minutes that are not positive, and for two budgets.
+    """
+    assigned = {assignment.partition("=")[0] for assignment in request.assignments} & {"max_steps", "max_seconds"}
+    if request.minutes is not None:
+        if not 0 < request.minutes < math.inf:
+            raise ConfigError(f"--minutes must be positive and finite, got {request.minutes}")
+        if assigned:
+            raise ConfigError(f"--minutes and --set {min(assigned)}=… both set the budget; leave one out")
+        preset = dataclasses.replace(preset, max_steps=None, max_seconds=request.minutes * 60)
+    # One of the two alone takes the place of the preset's budget, whichever that is.
+    other = [f"{key}=null" for key in ("max_steps", "max_seconds") if len(assigned) == 1 and key not in assigned]
+    return override(preset, [*other, *request.assignments])
+
+
+# -------------------------------------------------------------------------------------------------------- its choices
+
+
+def _fit_block(choices: _Choices, text: Text) -> None:
+    block = choices.config.model.block_size
+    longest = min(text.train_tokens - 1, text.val_tokens) // 4
+    if block > longest and longest >= 2:
+        shorter = 2 ** (longest.bit_length() - 1)
+        choices.set(
+            f"block_size {shorter} in place of {block}: {text.val_tokens:,} characters to validate on hold few windows",
+            {"model.block_size": shorter},
+        )
+
+
+def _fit_memory(choices: _Choices, text: Text, machine: Machine) -> None:
+    """Half batches, two of them in a step, while the whole ones do not fit."""
+    config = choices.config
+    halved = config
+    while halved.batch_size % 2 == 0 and not _fits(halved, text, machine):
+        batch, passes = halved.batch_size // 2, halved.gradient_accumulation_steps * 2
+        halved = dataclasses.replace(halved, batch_size=batch, gradient_accumulation_steps=passes)
+    if halved is not config:
+        assert machine.memory is not None
+        choices.set(
+            f"batch_size {halved.batch_size} in place of {config.batch_size}, "
+            f"{halved.gradient_accumulation_steps} batches to a step: {machine.memory / 2**20:,.0f} MiB are free",
+            {
+                "batch_size": halved.batch_size,
+                "gradient_accumulation_steps": halved.gradient_accumulation_steps,
+            },
+        )
+    require_memory(choices.config, text.vocab_size, machine.memory)
+
+
+def _fit_passes(choices: _Choices, text: Text, speed: Speed, preset: TrainConfig) -> None:
+    """Against overfitting, by how often the run will read the text.
+
+    A run that reads it no more often than the preset's own time reads the text that the preset was tuned on stays as
+    it was tuned.
+    """
+    seconds = _seconds(choices.config, speed)
+    passes = seconds * speed.training / text.train_tokens
+    tuned = seconds * TUNED_ON <= 1.2 * _seconds(preset, speed) * text.train_tokens
+    if passes > MOST_PASSES and choices.config.max_seconds is not None and not tuned:
+        shorter = seconds * MOST_PASSES / passes
+        choices.set(
+            f"max_seconds {shorter:.0f} in place of {seconds:.0f}: reading the text {passes:.0f} times would learn it "
+            f"by heart; {MOST_PASSES} times do",
+            {"max_seconds": round(shorter, 1)},
+        )
+        passes = _seconds(choices.config, speed) * speed.training / text.train_tokens
+    model = choices.config.model
+    if isinstance(model, TransformerConfig):
+        dropout = next(dropout for most, dropout in DROPOUT if passes <= most)
+        if passes >= RARE_PASSES:
+            dropout = model.dropout if tuned else max(dropout, model.dropout)
+        if dropout != model.dropout:
+            choices.set(
+                f"dropout {dropout} in place of {model.dropout}: the run reads the text about {passes:.1f} times",
+                {"model.dropout": dropout},
+            )
+
+
+def _seconds(config: TrainConfig, speed: Speed) -> float:
+    """The budget in seconds."""
+    if config.max_seconds is not None:
+        return config.max_seconds
+    assert config.max_steps is not None
+    return config.max_steps * config.tokens_per_step / speed.training
+
+
+def _fit_evaluation(choices: _Choices, text: Text, speed: Speed) -> None:
+    config = choices.config
+    steps_per_second = speed.training / config.tokens_per_step
+    seconds = _seconds(config, speed)
+    steps = config.max_steps or max(1, round(seconds * steps_per_second))
+    affordable = EVALUATION_SHARE * seconds * speed.evaluation  # tokens
+    fewest, most = EVALUATIONS
+    scored = max(FEWEST_SCORED, round(affordable / fewest))
+    if scored < text.val_tokens:
+        choices.set(
+            f"eval_tokens {scored:,}: evaluations during training score the first {scored / text.val_tokens:.0%} of "
+            f"the validation text, to save time; the results are of all of it",
+            {"eval_tokens": scored},
+        )
+    scored = min(text.val_tokens, choices.config.eval_tokens or text.val_tokens)
+    interval = max(1, round(steps / min(most, max(fewest, affordable / scored))))
+    spent = scored / speed.evaluation / (interval / steps_per_second)
+    choices.set(
+        f"eval_interval {interval}: an evaluation and a checkpoint about every "
+        f"{duration(interval / steps_per_second)}, for {spent:.0%} more time",
+        {"eval_interval": interval},
+    )
+    patience = max(4, steps // choices.config.eval_interval // 3)
+    choices.set(
+        f"patience {patience}: the run ends early after {patience} evaluations without a lower validation loss",
+        {"patience": patience},
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- memory
+
+
+def _fits(config: TrainConfig, text: Text, machine: Machine) -> bool:
+    return machine.memory is None or required_memory(config, text.vocab_size) <= machine.memory
+
+
+def parameter_estimate(model: ModelConfig, vocab_size: int) -> int:
+    """Numbers in a model, without biases and gains: what `parameter_count` will say, to a hundredth."""
+    if not isinstance(model, TransformerConfig):
+        return vocab_size**2
+    C, kv = model.n_embd, model.n_embd // model.n_head * (model.n_kv_head or model.n_head)
+    hidden = 0 if model.mlp == "none" else round(model.mlp_width * C)
+    mlp = C * hidden * (1 + (model.mlp == "swiglu") + model.residual)
+    layer = C * (C + 2 * kv) + C * C * model.residual + mlp + vocab_size * kv * model.value_embeddings
+    pairs = min(vocab_size**2, BIGRAM_ROWS) * model.bigram_embeddings
+    positions = model.block_size * (model.position == "learned")
+    return C * (vocab_size * (1 if model.tied_head else 2) + pairs + positions) + model.n_layer * layer
+
+
+def required_memory(config: TrainConfig, vocab_size: int) -> int:
+    """Bytes that training takes at most, beside Python and the text: weights, optimizer and one batch, counted."""
+    model = config.model
+    held = 2 + (config.ema_decay is not None) + (1 if config.optimizer.kind == "muon" else 2)
+    numbers = parameter_estimate(model, vocab_size) * (1 + held)  # the update itself is the one more
+    per_token = 3 * vocab_size  # logits, their gradient, and one copy of another precision
+    if isinstance(model, TransformerConfig):
+        hidden = 0 if model.mlp == "none" else model.mlp_width * (3 if model.mlp == "swiglu" else 2)
+        per_token += round(model.n_layer * model.n_embd * (10 + hidden + 3 * (model.dropout > 0)))
+    training = config.batch_size * model.block_size * per_token
+    return BYTES * (numbers + max(training, TOKENS_PER_PASS * 2 * vocab_size))
+
+
+def require_memory(config: TrainConfig, vocab_size: int, available: int | None) -> None:
+    """Raise TrainingError, with what to lower, when training needs more bytes than are free (None: not known)."""
+    required = required_memory(config, vocab_size)
+    if available is not None and required > available:
+        raise TrainingError(
+            f"training would take about {required / 2**20:,.0f} MiB of memory, and {available / 2**20:,.0f} MiB are "
+            f"free; {WHAT_TO_LOWER}"
+        )
