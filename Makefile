@@ -49,6 +49,7 @@ lint: $(READY)  ## check style and types
 bench: $(READY)  ## time the kernels and a training step against torch's
 	$(BIN)/python -m benchmarks.attention
 	$(BIN)/python -m benchmarks.cross_entropy
+	$(BIN)/python -m benchmarks.elementwise
 	$(BIN)/python -m benchmarks.training_step --compile
 
 # With the Python that is there, because it has the torch that fits the GPU: .venv's where there is one, else $(PYTHON).
@@ -56,7 +57,7 @@ gpu:  ## prove and measure the GPU kernels, in ten minutes; DRY=1 walks through 
 	$(PYTHON) -m benchmarks.gpu $(if $(filter-out 0,$(DRY)),--dry)
 
 # Each kernel with its test, without torch or Python, on every code path that this CPU has.
-SANITIZED := attention cross_entropy
+SANITIZED := attention cross_entropy block
 sanitize: $(SANITIZED:%=build/sanitize/%)  ## run the C++ under AddressSanitizer and UndefinedBehaviorSanitizer
 	for kernel in $^; do for isa in plain avx2 avx512 avx512_bf16; do \
 		CHARGPT_CPU_ISA=$$isa UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 $$kernel || exit 1; done; done

@@ -310,7 +310,7 @@ def _check_qkv_heads(
         raise ValueError("cos and sin must be given together")
     if D % 2 or cos.dim() != 2 or cos.shape != sin.shape or cos.shape[0] < T or cos.shape[1] != D // 2:
         raise ValueError(
-            f"cos and sin must be (at least {T}, {D}/2) for even heads of D={D}, got {_shape(cos)} and {_shape(sin)}"
+            f"cos and sin must be (at least {T}, D/2) with D={D} even, got {_shape(cos)} and {_shape(sin)}"
         )
     if cos.dtype != torch.float32 or sin.dtype != torch.float32 or not cos.device == sin.device == qkv.device:
         raise ValueError(
