@@ -11,7 +11,7 @@ from chargpt.config import OptimizerConfig, ScheduleConfig, TrainConfig, Transfo
 _MODERN_MODEL = TransformerConfig(
     block_size=128,
     n_layer=4,
-    n_head=4,
+    n_head=2,
     n_embd=128,
     position="rotary",
     norm="rmsnorm",
