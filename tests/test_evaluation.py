@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from chargpt import evaluation
-from chargpt.config import BigramConfig, EvaluationConfig, TransformerConfig
-from chargpt.data import Splits, Tokens
+from chargpt.config import BigramConfig, EvaluationConfig, TokenizerConfig, TransformerConfig
+from chargpt.data import Splits, Tokens, split_tokens
 from chargpt.errors import CorpusError
-from chargpt.evaluation import PROTOCOLS, evaluate, evaluating, full_loss, nanogpt_loss, sliding_loss
+from chargpt.evaluation import PROTOCOLS, evaluate, evaluating, full_loss, guess_losses, nanogpt_loss, sliding_loss
 from chargpt.models import Model, build_model
+from chargpt.tokenizers import build_tokenizer
 
 V = 11
 TRANSFORMER = TransformerConfig(block_size=6, n_layer=2, n_head=2, n_embd=8, dropout=0.5)
@@ -249,3 +250,29 @@ def test_the_best_bigram_on_the_lectures_validation_split(shakespeare_splits: Sp
     share = pairs / pairs.sum(1, keepdims=True).clip(1)
     hindsight = -(pairs[pairs > 0] * np.log(share[pairs > 0])).sum() / pairs.sum()
     assert hindsight == pytest.approx(2.3735, abs=1e-3)
+
+
+# --------------------------------------------------------------------------------------------------- guesses that count
+
+
+def test_guesses_lose_what_their_probabilities_say() -> None:
+    """On abab…: a and b are equally frequent, and each is always followed by the other."""
+    tokenizer = build_tokenizer(TokenizerConfig(), "ab")
+    splits = split_tokens(tokenizer.encode("ab" * 500), tokenizer, 0.1)
+    blind, single, pairs = guess_losses(splits).values()
+    assert blind == math.log(2)
+    assert single == pytest.approx(math.log(2), abs=1e-6)
+    # 450 times ab, and 1 follower to share with the frequencies: (450 + 1/2) / 451; of ba there are 449
+    assert pairs == pytest.approx(-math.log(450.5 / 451), abs=1e-5)
+
+
+def test_a_guess_by_pairs_gives_all_characters_together_a_probability_of_one() -> None:
+    """Whatever came before, and also where a pair, or a character, never occurred in the training part."""
+    tokenizer = build_tokenizer(TokenizerConfig(), "abcd")
+    train = tokenizer.encode("abacabaabcacbbac" * 3)
+    for first in "abcd":
+        total = 0.0
+        for second in "abcd":
+            one = Splits(np.concatenate([train, tokenizer.encode(first)]), tokenizer.encode(second), tokenizer)
+            total += math.exp(-list(guess_losses(one).values())[2])
+        assert total == pytest.approx(1.0, abs=1e-9)

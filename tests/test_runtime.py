@@ -1,6 +1,7 @@
 """Device, precision, compilation and kernels: `auto` always finds something and says why, a name is kept or refused."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from chargpt.errors import ConfigError
 from chargpt.info import as_text, collect
 from chargpt.kernels import native
 from chargpt.kernels.registry import Choice
-from chargpt.runtime import device_name, resolve_device, resolve_runtime
+from chargpt.runtime import available_memory, device_name, resolve_device, resolve_runtime
 
 AUTO = TrainConfig()
 without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
@@ -149,3 +150,22 @@ def test_info_names_what_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> No
     info = collect()
     assert info["packages"]["no-such-package-anywhere"] is None
     assert "no-such-package-anywhere not installed" in as_text(info)
+
+
+# -------------------------------------------------------------------------------------------------------------- memory
+
+
+def test_free_memory_is_the_machines_or_what_its_container_leaves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpu = torch.device("cpu")
+    for name, content in (("limit", "300000"), ("used", "100000"), ("none", "max")):
+        (tmp_path / name).write_text(content)
+    files = [
+        tuple(str(tmp_path / name) for name in pair) for pair in (("limit", "used"), ("none", "used"), ("no", "no"))
+    ]
+    monkeypatch.setattr(runtime_module, "CONTROL_GROUP_FILES", files)
+    assert available_memory(cpu) == 200_000
+    monkeypatch.setattr(runtime_module, "CONTROL_GROUP_FILES", files[1:])
+    machine = available_memory(cpu)
+    assert machine is None or machine > 10**7  # None: not Linux

@@ -23,8 +23,10 @@ from chargpt import training
 from chargpt.checkpoint import load_model, load_state
 from chargpt.config import TrackingConfig, TrainConfig, override
 from chargpt.console import Progress, duration
+from chargpt.data import Tokens
 from chargpt.errors import CheckpointError, ConfigError, CorpusError, RunInterruptedError, TrainingError
-from chargpt.models import build_model
+from chargpt.evaluation import full_loss
+from chargpt.models import Model, build_model
 from chargpt.optim import build_optimizers
 from chargpt.runtime import resolve_runtime
 from chargpt.tracking import Point
@@ -339,18 +341,18 @@ def test_evaluations_while_training_score_the_first_tokens_and_the_result_all_of
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lengths = []
-    whole = training.full_loss
-    monkeypatch.setattr(
-        training,
-        "full_loss",
-        lambda model, tokens, device: (lengths.append(len(tokens)), whole(model, tokens, device))[1],
-    )
+
+    def scored(model: Model, tokens: Tokens, device: torch.device) -> float:
+        lengths.append(len(tokens))
+        return full_loss(model, tokens, device)
+
+    monkeypatch.setattr(training, "full_loss", scored)
     run = runs.make_run(tmp_path / "run", override(runs.BIGRAM, ["eval_tokens=50"]))
     metrics = training.train(run, runs.EVALUATION, TrackingConfig(enabled=False))
     assert set(lengths) == {51}
     model, _ = load_model(tmp_path / "run" / "best")
-    assert metrics["val_full"] == pytest.approx(whole(model, run.splits.val_with_context), rel=1e-5)
-    assert metrics["val_full"] != pytest.approx(whole(model, run.splits.val_with_context[:51]), rel=1e-3)
+    assert metrics["val_full"] == pytest.approx(full_loss(model, run.splits.val_with_context), rel=1e-5)
+    assert metrics["val_full"] != pytest.approx(full_loss(model, run.splits.val_with_context[:51]), rel=1e-3)
 
 
 def allocation_error() -> RuntimeError:
