@@ -4,7 +4,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
+#include <ATen/ops/empty_strided.h>
 #include <pybind11/pybind11.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/utils/pybind.h>
@@ -37,14 +37,20 @@ cpu::DType dtype_of(const Tensor& x) { return dtype_of(x.scalar_type()); }
 
 at::ScalarType computing_type(at::ScalarType type) { return type == at::kDouble ? at::kDouble : at::kFloat; }
 
-// x (..., C) as rows, each contiguous: a view where the strides allow it.
-Tensor as_rows(const Tensor& x) {
-  const Tensor rows = x.reshape({-1, x.size(-1)});
-  return rows.stride(1) == 1 || rows.size(1) == 1 ? rows : rows.contiguous();
-}
-cpu::Rows rows_of(const Tensor& rows) {
-  return rows.defined() ? cpu::Rows{rows.const_data_ptr(), rows.stride(0)} : cpu::Rows{};
-}
+// x (..., C) as rows, each contiguous: x itself where its strides allow it, else a copy, which `kept` holds.
+struct RowsOf {
+  Tensor kept;
+  cpu::Rows rows;
+
+  explicit RowsOf(const Tensor& x) : kept(x) {
+    if (!x.defined()) return;
+    if (!x.is_contiguous()) {  // reshape costs a microsecond
+      kept = x.reshape({-1, x.size(-1)});
+      if (kept.stride(1) != 1 && kept.size(1) != 1) kept = kept.contiguous();
+    }
+    rows = {kept.const_data_ptr(), x.is_contiguous() ? x.size(-1) : kept.stride(0)};
+  }
+};
 
 Tensor packed_like(const Tensor& x, at::ScalarType type) { return at::empty(x.sizes(), x.options().dtype(type)); }
 
@@ -69,16 +75,16 @@ struct Normed {
 };
 
 Normed normalise(const Tensor& x, const Tensor& y, at::ScalarType type) {
-  const Tensor x_rows = as_rows(x), y_rows = y.defined() ? as_rows(y) : y;
-  const int64_t rows = x_rows.size(0), C = x_rows.size(1);
+  const RowsOf x_rows(x), y_rows(y);
+  const int64_t C = x.size(-1), rows = x.numel() / C;
   Normed result{y.defined() ? packed_like(x, x.scalar_type()) : x, packed_like(x, type),
                 at::empty({rows}, x.options().dtype(computing_type(x.scalar_type())))};
   const cpu::AddRmsNorm call{.x_type = dtype_of(x),
                              .y_type = y.defined() ? dtype_of(y) : dtype_of(x),
                              .normed_type = dtype_of(type),
                              .C = C,
-                             .x = rows_of(x_rows),
-                             .y = rows_of(y_rows),
+                             .x = x_rows.rows,
+                             .y = y_rows.rows,
                              .sum = y.defined() ? result.sum.data_ptr() : nullptr,
                              .normed = result.normed.data_ptr(),
                              .rstd = result.rstd.data_ptr()};
@@ -91,20 +97,21 @@ std::tuple<Tensor, Tensor> normalise_backward(const Tensor& dsum, const Tensor& 
                                               const Tensor& rstd, at::ScalarType y_type) {
   if (!dnormed.defined()) return {dsum, dsum.to(y_type)};
   const bool two = y_type != sum.scalar_type();
-  const Tensor s_rows = as_rows(sum), dnormed_rows = as_rows(dnormed), dsum_rows = dsum.defined() ? as_rows(dsum) : dsum;
+  const RowsOf s_rows(sum), dnormed_rows(dnormed), dsum_rows(dsum);
   const Tensor dx = packed_like(sum, sum.scalar_type()), dy = two ? packed_like(sum, y_type) : dx;
   const Tensor numbers = rstd.contiguous();
   const cpu::AddRmsNormBackward call{.x_type = dtype_of(sum),
                                      .y_type = dtype_of(y_type),
                                      .normed_type = dtype_of(dnormed),
-                                     .C = s_rows.size(1),
-                                     .sum = rows_of(s_rows),
+                                     .C = sum.size(-1),
+                                     .sum = s_rows.rows,
                                      .rstd = numbers.const_data_ptr(),
-                                     .dsum = rows_of(dsum_rows),
-                                     .dnormed = rows_of(dnormed_rows),
+                                     .dsum = dsum_rows.rows,
+                                     .dnormed = dnormed_rows.rows,
                                      .dx = dx.data_ptr(),
                                      .dy = two ? dy.data_ptr() : nullptr};
-  for_rows(s_rows.size(0), call.C, [&](int64_t begin, int64_t end) { cpu::add_rms_norm_backward(call, begin, end); });
+  const int64_t rows = sum.numel() / call.C;
+  for_rows(rows, call.C, [&](int64_t begin, int64_t end) { cpu::add_rms_norm_backward(call, begin, end); });
   return {dx, dy};
 }
 
@@ -172,9 +179,14 @@ struct HeadOptions {
   bool norm;
 };
 
-// cos or sin as the kernel reads it: T packed rows in the computing dtype.
-Tensor angles(const Tensor& table, int64_t T, at::ScalarType type) {
-  return table.defined() ? table.narrow(0, 0, T).to(computing_type(type)).contiguous() : table;
+// cos or sin as the kernel reads it: packed rows in the computing dtype.
+Tensor angles(const Tensor& table, at::ScalarType type) {
+  return table.defined() ? table.to(computing_type(type)).contiguous() : table;
+}
+
+// (B, heads, T, D), over (B, T, heads, D) memory.
+Tensor empty_by_time(int64_t B, int64_t heads, int64_t T, int64_t D, const at::TensorOptions& options) {
+  return at::empty_strided({B, heads, T, D}, {T * heads * D, D, heads * D, 1}, options);
 }
 
 cpu::QkvHeads heads_of(const HeadOptions& options, at::ScalarType type, at::ScalarType value_type, int64_t T, int64_t D,
@@ -199,16 +211,16 @@ variable_list split_heads(const Tensor& qkv, const Tensor& value_rows, const Ten
   const auto part = [&](int64_t first, int64_t heads) {
     return qkv.narrow(2, first * D, heads * D).unflatten(2, {heads, D}).transpose(1, 2);
   };
-  const auto empty = [&](int64_t heads) { return at::empty({B, T, heads, D}, qkv.options()).transpose(1, 2); };
+  const auto empty = [&](int64_t heads) { return empty_by_time(B, heads, T, D, qkv.options()); };
   const Tensor q = make_qk ? empty(H) : part(0, H), k = make_qk ? empty(H_kv) : part(H, H_kv);
   const Tensor v = make_v ? empty(H_kv) : part(H + H_kv, H_kv);
   if (!make_qk && !make_v) return {q, k, v};
-  const Tensor rows = as_rows(qkv), values = value_rows.defined() ? as_rows(value_rows) : value_rows;
-  const Tensor c = angles(cos, T, qkv.scalar_type()), s = angles(sin, T, qkv.scalar_type());
+  const RowsOf rows(qkv), values(value_rows);
+  const Tensor c = angles(cos, qkv.scalar_type()), s = angles(sin, qkv.scalar_type());
   const auto value_type = value_rows.defined() ? value_rows.scalar_type() : qkv.scalar_type();
   const cpu::QkvHeads heads = heads_of(options, qkv.scalar_type(), value_type, T, D, c, s);
-  const cpu::QkvHeadsForward call{.qkv = rows_of(rows),
-                                  .value_rows = rows_of(values),
+  const cpu::QkvHeadsForward call{.qkv = rows.rows,
+                                  .value_rows = values.rows,
                                   .q = make_qk ? q.data_ptr() : nullptr,
                                   .k = make_qk ? k.data_ptr() : nullptr,
                                   .v = make_v ? v.data_ptr() : nullptr};
@@ -232,13 +244,14 @@ std::tuple<Tensor, Tensor> join_heads(const Tensor& dq, const Tensor& dk, const 
   const Tensor& given = dq.defined() ? dq : dk.defined() ? dk : dv;
   const auto type = given.scalar_type();
   const int64_t B = given.size(0), T = given.size(2), D = given.size(3);
-  const Tensor rows = options.norm ? as_rows(qkv) : Tensor();
-  const Tensor c = angles(cos, T, type), s = angles(sin, T, type);
+  const RowsOf rows(options.norm ? qkv : Tensor());
+  const Tensor c = angles(cos, type), s = angles(sin, type);
   const Tensor q = with_whole_heads(dq), k = with_whole_heads(dk), v = with_whole_heads(dv);
   const Tensor dqkv = at::empty({B, T, (options.H + 2 * options.H_kv) * D}, given.options());
-  const Tensor dvalue_rows = value_type ? at::empty({B, T, options.H_kv * D}, given.options().dtype(*value_type)) : Tensor();
+  Tensor dvalue_rows;
+  if (value_type) dvalue_rows = at::empty({B, T, options.H_kv * D}, given.options().dtype(*value_type));
   const cpu::QkvHeads heads = heads_of(options, type, value_type.value_or(type), T, D, c, s);
-  const cpu::QkvHeadsBackward call{.qkv = rows_of(rows),
+  const cpu::QkvHeadsBackward call{.qkv = rows.rows,
                                    .dq = view(q),
                                    .dk = view(k),
                                    .dv = view(v),

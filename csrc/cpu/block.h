@@ -2,8 +2,8 @@
 // block.cpp implements them. The mathematics are those of chargpt/kernels/reference.py.
 //
 // Each function works on the rows (or elements) [begin, end), and a row's result does not depend on the range it is in.
-// Rows are contiguous; a `stride` counts elements from row to row, and outputs without one are packed. Pointers need the
-// alignment of their element only. Outputs must not overlap inputs.
+// Rows are contiguous; a `stride` counts elements from row to row, and outputs without one are packed. Pointers need
+// the alignment of their element only. Outputs must not overlap inputs.
 
 #pragma once
 

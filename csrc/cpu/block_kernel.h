@@ -1,13 +1,13 @@
 // The small operators of a block, compiled once for each instruction set by foreach_isa.h.
 //
-// All of them wait for memory, so each reads its inputs once and writes its outputs once, and what comes between is done
-// a row at a time, in registers and L1:
-//   add_rms_norm  s = x + y is written while its squares are added up; a second sweep, over a row that is in L1 (4 KiB at
-//                 C = 1024 in float32), multiplies by r = 1 / sqrt(mean(s^2) + eps).
+// All of them wait for memory, so each reads its inputs once and writes its outputs once, and what comes between is
+// done a row at a time, in registers and L1:
+//   add_rms_norm  s = x + y is written while its squares are added up; a second sweep, over a row that is in L1 (4 KiB
+//                 at C = 1024 in float32), multiplies by r = 1 / sqrt(mean(s^2) + eps).
 //   its backward  dot = sum(dnormed s), then dx = dsum + r dnormed - s r^3 dot / C.
 //   qkv_heads     the same for each head of q and k, whose second sweep also rotates: channels i and i + D/2.
-//   its backward  rotates the gradient back in both sweeps, and recomputes r beside the dot product: a head of D numbers
-//                 is cheaper to read again from L1 than r from memory.
+//   its backward  rotates the gradient back in both sweeps, and adds up the squares for r again beside the dot product,
+//                 for which it reads the head anyway.
 // bfloat16 is widened as it is read and rounded once as it is written.
 
 #include "simd.h"
@@ -70,8 +70,8 @@ CHARGPT_INLINE Real reciprocal_root_mean(Real sum_of_squares, int64_t count) {
   return 1 / std::sqrt(sum_of_squares / static_cast<Real>(count) + static_cast<Real>(kRmsEps));
 }
 
-// Calls `STEP` (an expression in i and n) for each vector of a row of `count` elements: whole ones, where n is a constant
-// that the compiler folds, and the rest.
+// Evaluates STEP, an expression in i and n, for each vector of kL elements of [begin, end): the n elements from i on. For
+// whole vectors n is a constant, so that the compiler drops the masks.
 #define CHARGPT_SWEEP(kL, begin, end, STEP)                            \
   {                                                                    \
     int64_t i = begin;                                                 \
