@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from chargpt.config import ModelConfig, TrainConfig, TransformerConfig, nearest, override
 from chargpt.console import duration
-from chargpt.errors import ConfigError, TrainingError
+from chargpt.errors import ConfigError, CorpusError, TrainingError
 from chargpt.evaluation import TOKENS_PER_PASS
 from chargpt.models.transformer import BIGRAM_ROWS
 from chargpt.presets import PRESETS
@@ -27,6 +27,7 @@ EVALUATION_SHARE = 0.1  # of the time of training
 EVALUATIONS = (10, 30)  # fewest and most in one run
 FEWEST_SCORED = 16_384  # validation tokens; fewer would choose the best checkpoint by chance
 MOST_VALIDATION = 500_000  # tokens: the error of a mean over so many is below a hundredth of a nat
+SHORTEST_BLOCK = 4  # tokens
 BYTES = 4  # of a float32
 WHAT_TO_LOWER = "lower batch_size, model.block_size, model.n_layer or model.n_embd, or close other programs"
 
@@ -92,8 +93,8 @@ def fit(request: Request, text: Text, machine: Machine) -> Fitted:
     """A config for this text, machine and time, with reasons.
 
     In order of precedence: the request's assignments, its minutes, what is fitted here, the preset. Raises ConfigError
-    for an unknown preset, assignments that `override` refuses, or minutes against a budget among the assignments, and
-    TrainingError when the model does not fit into the memory.
+    for an unknown preset, assignments that `override` refuses, or minutes against a budget among the assignments,
+    CorpusError for a text of a few words, and TrainingError when the model does not fit into the memory.
     """
     name, reason = choose_preset(request, machine.gpu)
     fixed = frozenset(assignment.partition("=")[0] for assignment in request.assignments)
@@ -155,7 +156,12 @@ def budgeted(preset: TrainConfig, request: Request) -> TrainConfig:
 def _fit_block(choices: _Choices, text: Text) -> None:
     block = choices.config.model.block_size
     longest = min(text.train_tokens - 1, text.val_tokens) // 4
-    if block > longest and longest >= 2:
+    if block > longest and "model.block_size" not in choices.fixed:
+        if longest < SHORTEST_BLOCK:
+            raise CorpusError(
+                f"{text.train_tokens + text.val_tokens} characters are too few to learn from; some ten thousand are a "
+                f"beginning, a million is good"
+            )
         shorter = 2 ** (longest.bit_length() - 1)
         choices.set(
             f"block_size {shorter} in place of {block}: {text.val_tokens:,} characters to validate on hold few windows",
