@@ -129,6 +129,7 @@ def train(
         state.run_id = tracker.run_id
         try:
             _loop(state, run, runtime, tracker, interrupts)
+            say(f"scoring the best model on all {len(run.splits.val):,} validation tokens")
             return _finish(state, run, runtime, evaluation, tracker, protocols)
         except (KeyboardInterrupt, RunInterruptedError):
             tracker.finish("KILLED")
