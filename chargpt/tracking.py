@@ -171,6 +171,7 @@ class _MlflowTracker:
 
             self._client = MlflowClient(self._store)
             self._experiment_id = _experiment_id(self._client, config.experiment, self._store)
+            self._client.set_experiment_tag(self._experiment_id, _VIEW_TAG, json.dumps(_view()))
         resumed = None if run_id is None else _resumable_run(self._client, run_id)
         tags = _all_tags(run)
         if resumed is None:
@@ -431,8 +432,9 @@ def _all_tags(run: RunDescription) -> dict[str, str]:
 
 
 def _run_name(run: RunDescription, tags: dict[str, str]) -> str:
-    commit = tags.get("mlflow.source.git.commit", "")[:7]
-    return f"{run.variant}-s{run.seed}" + (f"-{commit}" if commit else "")
+    """Variant, seed, commit and DVC experiment: without the last two, a chart's legend repeats one name."""
+    parts = [f"{run.variant}-s{run.seed}", tags.get("mlflow.source.git.commit", "")[:7], tags.get("dvc.experiment", "")]
+    return "-".join(filter(None, parts))
 
 
 # ----------------------------------------------------------------------------------------------------------- the store
@@ -614,21 +616,64 @@ def ui_url(config: TrackingConfig, view: Literal["runs", "charts"] = "runs", por
     """
     uri = store_uri(config)
     base = _without_login(uri, uri).rstrip("/") if _is_server(uri) else f"http://127.0.0.1:{port}"
-    experiment_id = _sqlite_experiment_id(uri, config.experiment)
-    if experiment_id is None:
+    found = _sqlite_query(uri, "SELECT experiment_id FROM experiments WHERE name = ?", config.experiment)
+    if found is None:
         return f"{base}/#/experiments"
-    if view == "charts":
-        return f"{base}/#/experiments/{experiment_id}/runs?compareRunsMode=CHART&workflowType=machine_learning"
-    return f"{base}/#/experiments/{experiment_id}?workflowType=machine_learning"
+    if view == "runs":
+        return f"{base}/#/experiments/{found}?workflowType=machine_learning"
+    # A store of an earlier version lacks the prepared view until its next run; MLflow refuses a key it does not know.
+    query = "SELECT key FROM experiment_tags WHERE key = ? AND experiment_id = ?"
+    prepared = f"&viewStateShareKey={_VIEW}" if _sqlite_query(uri, query, _VIEW_TAG, found) else ""
+    return f"{base}/#/experiments/{found}/runs?compareRunsMode=CHART&workflowType=machine_learning{prepared}"
 
 
-def _sqlite_experiment_id(uri: str, name: str) -> str | None:
-    """Read the id from the file: asking MLflow would cost its import, seconds, for one link."""
+_VIEW = "chargpt"
+_VIEW_TAG = f"mlflow.sharedViewState.{_VIEW}"
+
+
+def _view() -> dict[str, Any]:
+    """What MLflow's pages show under `viewStateShareKey`: runs grouped by variant, `val/loss` over seconds and tokens.
+
+    The form is that of the button "Share view" in MLflow 3; another version at worst says that it cannot read it.
+    """
+    chart = {
+        "type": "LINE",
+        "runsCountToCompare": 100,
+        "metricSectionId": _VIEW,
+        "deleted": False,
+        "isGenerated": False,
+        "metricKey": "val/loss",
+        "selectedMetricKeys": ["val/loss"],
+        "lineSmoothness": 0,
+        "scaleType": "linear",
+        "xAxisScaleType": "linear",
+        "xAxisKey": "metric",
+        "yAxisKey": "metric",
+        "yAxisExpressions": [],
+        "range": {},
+        "useGlobalXaxisKey": False,
+        "useGlobalLineSmoothing": True,
+        "ignoreOutliers": False,
+    }
+    return {
+        "groupBy": {"aggregateFunction": "average", "groupByKeys": [{"mode": "tag", "groupByData": "variant"}]},
+        "useGroupedValuesInCharts": True,
+        "compareRunSections": [{"uuid": _VIEW, "name": "Validation loss", "display": True, "isReordered": False}],
+        "compareRunCharts": [
+            chart | {"uuid": f"{_VIEW}-{key}", "displayName": f"val/loss over {key}", "selectedXAxisMetricKey": key}
+            for key in ("val/seconds", "val/tokens")
+        ],
+        "isAccordionReordered": True,  # ours first, not in the order of the alphabet
+    }
+
+
+def _sqlite_query(uri: str, query: str, *values: str) -> str | None:
+    """The first value that the file answers with; asking MLflow instead would cost its import, seconds, for a link."""
     path = _sqlite_path(uri)
     if path is None or not path.exists():
         return None
     with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(path, timeout=1)) as database:
-        row = database.execute("SELECT experiment_id FROM experiments WHERE name = ?", (name,)).fetchone()
+        row = database.execute(query, values).fetchone()
         return None if row is None else str(row[0])
     return None
 

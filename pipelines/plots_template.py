@@ -117,7 +117,7 @@ def read_script(folder: Path, package: Package) -> str:
         member = archive.extractfile(package.script)
         assert member is not None
         text = member.read().decode()
-    assert not any(token in text for token in ("</script", "{plot_divs}", "{refresh_tag}")), package
+    assert not any(token in text for token in ("</script", "{scripts}", "{plot_divs}", "{refresh_tag}")), package
     return text
 
 

@@ -1,5 +1,6 @@
 """Tracking against real SQLite stores: what a run shows, exactly-once curves, and stores that fail."""
 
+import json
 import math
 import os
 import sqlite3
@@ -93,7 +94,7 @@ def test_run_shows_what_it_is(project: Path, monkeypatch: pytest.MonkeyPatch, cl
     tracker.finish("FINISHED")
 
     run = client.get_run(tracker.run_id)
-    assert run.info.run_name == f"bigram-s7-{commit[:7]}"
+    assert run.info.run_name == f"bigram-s7-{commit[:7]}-brave-experiment"
     assert client.get_experiment(run.info.experiment_id).name == "chargpt"
     assert {key: value for key, value in run.data.tags.items() if key != "mlflow.runName"} == {
         "variant": "bigram",
@@ -268,6 +269,78 @@ def test_logged_model_loads_back_and_generates(project: Path, tmp_path: Path, re
     assert not any((project / name).exists() for name in ("mlruns", "chargpt/mlflow.db"))
 
 
+# -------------------------------------------------------------------------------------------------------- the champion
+
+NOT_IN_STORE = {"variant": "bigram", "seed": 99, "val_full": 0.1, "seconds": 1.0}  # a row out of DVC's cache, say
+
+
+def finished_run(folder: Path, seed: int, loss: float, split: str = "a" * 64) -> tuple[dict[str, Any], Any, Any]:
+    """A finished run with a model: the row of metrics that it left, and its model and tokenizer."""
+    tokenizer = CharacterTokenizer("\nabc")
+    model = build_model(BigramConfig(), tokenizer.vocab_size, seed)
+    save_checkpoint(folder / f"model-{seed}", model, tokenizer, {})
+    tracker = open_tracker(CONFIG, RunDescription("bigram", seed, tags={"splits_sha256": split}))
+    row = {"variant": "bigram", "seed": seed, "val_full": loss, "seconds": 1.25 + seed / 3}
+    summary = {key: float(row[key]) for key in ("val_full", "seconds")}  # type: ignore[arg-type]
+    tracker.finish("FINISHED", summary, model=folder / f"model-{seed}")
+    return row, model, tokenizer
+
+
+def champion(client: Any) -> Any:
+    return client.get_model_version_by_alias("chargpt", "champion")
+
+
+def test_the_best_run_is_the_champion_that_others_load(
+    project: Path, tmp_path: Path, client: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    worse, *_ = finished_run(tmp_path, 11, 2.0)
+    best, model, tokenizer = finished_run(tmp_path, 12, 1.5 + 1e-9)
+    twin = best | {"seconds": 9.0}  # the same numbers from another run, which the store does not have
+    line = tracking.register_champion(CONFIG, [worse, NOT_IN_STORE, best, twin])
+    assert line is not None
+    assert line.startswith("chargpt@champion is bigram-s12-")
+    assert line.endswith(" (version 1), validation loss 1.5000")
+    assert client.get_run(champion(client).run_id).data.tags["seed"] == "12"
+    assert tracking.register_champion(CONFIG, [worse, best]) is None
+    assert tracking.register_champion(CONFIG, [worse]) is None  # an experiment that is not as good
+    assert tracking.register_champion(CONFIG, [NOT_IN_STORE]) is None
+    assert tracking.register_champion(TrackingConfig(enabled=False), [best]) is None
+    assert tracking.register_champion(TrackingConfig(experiment="never ran"), [best]) is None
+    assert int(champion(client).version) == 1
+
+    import mlflow
+
+    mlflow.set_tracking_uri(f"sqlite:///{project}/mlflow.db")
+    loaded = mlflow.pyfunc.load_model("models:/chargpt@champion")
+    expected = generate_text(model, tokenizer, "ab", SampleConfig(max_new_tokens=20, seed=3))
+    assert loaded.predict(["ab"], params={"max_new_tokens": 20, "seed": 3}) == expected
+
+    better, *_ = finished_run(tmp_path, 13, 1.4)
+    assert "version 2" in str(tracking.register_champion(CONFIG, [worse, best, better]))
+    of_another_text, *_ = finished_run(tmp_path, 14, 3.0, split="b" * 64)
+    assert "version 3" in str(tracking.register_champion(CONFIG, [of_another_text]))
+    assert champion(client).tags == {"variant": "bigram", "seed": "14", "splits_sha256": "b" * 64, "val_full": "3.0"}
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("kind", ["closed port", "damaged", "no store at all"])
+def test_no_champion_in_a_store_that_fails_costs_one_warning(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], kind: str
+) -> None:
+    assert tracking.register_champion(TrackingConfig(uri=broken_store(kind, tmp_path)), [NOT_IN_STORE]) is None
+    [line] = capfd.readouterr().err.splitlines()
+    assert "cannot register the champion" in line
+    assert "secret" not in line
+
+
+def test_no_store_is_made_to_look_for_a_champion(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    assert tracking.register_champion(TrackingConfig(uri=uri), [NOT_IN_STORE]) is None
+    assert not list(tmp_path.iterdir())
+    assert capfd.readouterr().err == ""
+
+
 # ----------------------------------------------------------------------------------------------------- stores that fail
 
 
@@ -408,12 +481,22 @@ def test_links_lead_to_the_experiment(client: Any) -> None:
     experiment = client.get_experiment_by_name("chargpt").experiment_id
     base = f"http://127.0.0.1:5001/#/experiments/{experiment}"
     assert tracking.ui_url(CONFIG, port=5001) == f"{base}?workflowType=machine_learning"
-    assert (
-        tracking.ui_url(CONFIG, "charts", port=5001)
-        == f"{base}/runs?compareRunsMode=CHART&workflowType=machine_learning"
-    )
+    charts = f"{base}/runs?compareRunsMode=CHART&workflowType=machine_learning"
+    assert tracking.ui_url(CONFIG, "charts", port=5001) == f"{charts}&viewStateShareKey=chargpt"
+    client.delete_experiment_tag(experiment, "mlflow.sharedViewState.chargpt")  # as in a store of an earlier version
+    assert tracking.ui_url(CONFIG, "charts", port=5001) == charts
     unknown = TrackingConfig(experiment="never ran")
     assert tracking.ui_url(unknown) == "http://127.0.0.1:5000/#/experiments"
+
+
+def test_prepared_charts_take_metrics_that_a_run_logs_together(client: Any) -> None:
+    """MLflow joins a curve with the metric on its x axis by step; tests/pipeline holds that a run logs both."""
+    open_tracker(CONFIG, RUN).finish("FINISHED")
+    view = json.loads(client.get_experiment_by_name("chargpt").tags["mlflow.sharedViewState.chargpt"])
+    assert view["groupBy"]["groupByKeys"] == [{"mode": "tag", "groupByData": "variant"}]
+    [section] = view["compareRunSections"]
+    shown = [(c["metricSectionId"], c["metricKey"], c["selectedXAxisMetricKey"]) for c in view["compareRunCharts"]]
+    assert shown == [(section["uuid"], "val/loss", x) for x in ("val/seconds", "val/tokens")]
 
 
 def test_ui_is_for_stores_without_a_server(project: Path) -> None:

@@ -141,6 +141,40 @@ def test_every_variant_is_one_finished_run_in_mlflow(project: Path) -> None:
     assert runs["bigram"].data.tags["dvc.stage"] == "train@bigram-1"
 
 
+def test_mlflow_can_draw_the_loss_over_tokens_and_seconds(project: Path) -> None:
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{project}/mlflow.db")
+    (run,) = [run for run in tracked_runs(project) if run.data.tags["variant"] == "nanogpt-cpu"]
+    curves = {key: client.get_metric_history(run.info.run_id, key) for key in ("val/loss", "val/tokens", "val/seconds")}
+    assert [[point.step for point in curve] for curve in curves.values()] == [[0, 10, 20]] * 3
+    assert [point.value for point in curves["val/tokens"]] == [0, 640, 1280]
+    seconds = [point.value for point in curves["val/seconds"]]
+    assert seconds == sorted(seconds)
+
+
+def test_the_best_run_of_the_comparison_is_the_champion(project: Path) -> None:
+    from mlflow.tracking import MlflowClient
+
+    metrics = json.loads((project / "reports/comparison.json").read_text())
+    best = min(metrics, key=lambda variant: metrics[variant]["val_full"])
+    client = MlflowClient(f"sqlite:///{project}/mlflow.db")
+    champion = client.get_model_version_by_alias("chargpt", "champion")
+    assert client.get_run(champion.run_id).data.tags["variant"] == best
+    assert float(champion.tags["val_full"]) == metrics[best]["runs"][0]["val_full"]
+
+
+def test_dvc_plots_every_run_in_one_chart(project: Path) -> None:
+    shown = json.loads(dvc(project, "plots", "show", "--json").stdout)["data"]
+    for title, x in (("Validation loss over tokens", "tokens"), ("Validation loss over seconds", "seconds")):
+        content = shown[title][0]["content"]
+        points = content["data"]["values"]
+        assert content["encoding"]["x"]["field"] == x
+        assert {(point["variant"], point["seed"]) for point in points} == {("bigram", "1"), ("nanogpt-cpu", "1")}
+        assert all(float(point[x]) >= 0 and float(point["val_loss"]) > 0 for point in points)
+    assert len(shown) == 2  # no chart for each run beside them
+
+
 def test_a_second_repro_runs_no_stage(project: Path) -> None:
     assert stages_run(dvc(project, "repro")) == set()
 
@@ -224,3 +258,55 @@ def test_what_users_get_wrong_is_one_sentence_and_exit_code_2(project: Path, cha
     assert says in failed.stderr
     assert "Traceback" not in failed.stderr
     assert {path: path.read_bytes() for path in (project / "data").rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.slow
+def test_queued_experiments_land_in_the_same_store_with_the_same_kernels(project: Path) -> None:
+    """Queued, an experiment runs in a checkout of its own, where the native module and the store are not."""
+    git(project, "add", "-A")
+    git(project, "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qm", "results", "--allow-empty")
+    before = {run.info.run_id for run in tracked_runs(project)}
+    for name, steps in (("shorter", 30), ("longer", 80)):  # that nothing has trained yet, so not in DVC's cache
+        override = f"variants.bigram.max_steps={steps}"
+        queued = dvc(project, "exp", "run", "--queue", "--name", name, "--set-param", override)
+        assert queued.returncode == 0, queued.stderr
+    done = dvc(project, "exp", "run", "--run-all")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    runs = {run.data.tags["dvc.experiment"]: run for run in tracked_runs(project) if run.info.run_id not in before}
+    assert {name: run.data.params["max_steps"] for name, run in runs.items()} == {"shorter": "30", "longer": "80"}
+    kernels = json.loads((project / "reports/comparison.json").read_text())["bigram"]["runs"][0]["kernels"]
+    for run in runs.values():
+        assert run.info.status == "FINISHED"
+        assert run.data.tags["kernels"] == kernels
+        location = Path(run.info.artifact_uri.removeprefix("file://"))
+        assert location.is_relative_to(project / "mlartifacts")
+        assert (location / "curve.csv").exists()
+    diff = json.loads(dvc(project, "metrics", "diff", "HEAD", "longer", "--json").stdout)
+    assert diff["reports/comparison.json"]["bigram.steps"] == {"old": 60, "new": 80, "diff": 20}
+    assert json.loads((project / "reports/comparison.json").read_text())["bigram"]["steps"] == 60  # ours is untouched
+
+
+@pytest.mark.slow
+def test_make_ablation_trains_what_is_missing_and_the_default_comes_back_from_the_cache(project: Path) -> None:
+    command = [sys.executable, "-m", "pipelines.ablation"]
+    variants = ("bigram", "head", "nanogpt-cpu")
+    raw = params()
+    raw["variants"] = {name: raw["variants"][name] for name in ("bigram", "nanogpt-cpu")}
+    raw["variants"]["head"] = raw["variants"]["nanogpt-cpu"] | {"max_steps": 10}
+    write_params(project, raw)
+    assert stages_run(dvc(project, "repro")) <= {"compare"}
+    before = (project / "params.yaml").read_text()
+
+    done = run(project, *command)
+    there = {"train@bigram-1", "train@nanogpt-cpu-1"}
+    trained = {stage for stage in stages_run(done) if stage.startswith("train@")}
+    assert trained == {f"train@{variant}-{seed}" for variant in variants for seed in (1, 2, 3)} - there
+    metrics = json.loads((project / "reports/comparison.json").read_text())
+    assert {name: metrics[name]["seeds"] for name in metrics} == dict.fromkeys(variants, 3)
+    assert stages_run(run(project, *command)) == set()
+
+    (project / "params.yaml").write_text(before)
+    assert stages_run(dvc(project, "repro")) <= {"compare"}
+    assert json.loads((project / "reports/comparison.json").read_text()).keys() == {"bigram", "nanogpt-cpu"}
+    write_params(project, params())
