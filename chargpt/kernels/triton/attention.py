@@ -5,7 +5,8 @@ FlashAttention-2 (Dao 2023, algorithms 1 and 2), one program for each tile of th
             O ← O · exp(m_old − m) + P V; at the end O / l and lse = m + log l
   backward  δ = rowsum(dO ∘ O); then P = exp(S − lse) again, dP = dO Vᵀ, dS = P ∘ (dP − δ + dlse), in two kernels: K
             and V stay while dV += Pᵀ dO and dK += dSᵀ Q; Q and dO stay while dQ += dS K
-  causality Only tiles that some query of the tile sees are visited, and only those on an edge are masked.
+  causality Only tiles that some query of the tile sees are visited, and only those on the diagonal are masked. (With a
+            window all are: a third loop for the tiles inside it costs registers that spill.)
 Nothing is added up by two programs, so there are no atomics and every bit is the same in every run; for that S and dP
 are computed twice in the backward, 7 products for each tile instead of 5.
 
@@ -93,36 +94,32 @@ def visible(position, key, window, WINDOWED: tl.constexpr, BLOCK_M: tl.constexpr
 
 @triton.jit
 def key_bounds(first, T, S, window, WINDOWED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The keys that the queries first … first + BLOCK_M see, cut at three places: the window's edge [0, 1), whole tiles
-    that all these queries see [1, 2), the diagonal [2, 3). All but the last are multiples of BLOCK_N."""
+    """The keys that the queries first … first + BLOCK_M see: whole tiles that all these queries see [0, 1), tiles where
+    positions are compared [1, 2), the diagonal or, with a window, all. Bounds but the last are multiples of BLOCK_N."""
     position = S - T + first
     end = tl.minimum(position + BLOCK_M, S)
-    diagonal = (position + 1) // BLOCK_N * BLOCK_N
     if WINDOWED:
         begin = tl.maximum(position - window + 1, 0) // BLOCK_N * BLOCK_N
-        whole = tl.minimum(tl.cdiv(tl.maximum(end - window, 0), BLOCK_N) * BLOCK_N, diagonal)
+        whole = begin
     else:
-        begin, whole = 0, 0
-    return begin, whole, diagonal, end
+        begin = 0
+        whole = (position + 1) // BLOCK_N * BLOCK_N
+    return begin, whole, end
 
 
 @triton.jit
 def query_bounds(first, T, S, window, WINDOWED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The queries that see the keys first … first + BLOCK_N, cut likewise: the diagonal [0, 1), whole tiles that see
-    all these keys [1, 2), the window's edge [2, 3). The first two are multiples of BLOCK_M."""
+    """The queries that see the keys first … first + BLOCK_N: tiles where positions are compared [0, 1), as above, and
+    whole tiles that see all these keys [1, 2). All bounds but the last are multiples of BLOCK_M, or T."""
     index = first - (S - T)  # of the query at the position of the first key
     begin = tl.maximum(index, 0) // BLOCK_M * BLOCK_M
-    whole = tl.cdiv(tl.maximum(index + BLOCK_N - 1, 0), BLOCK_M) * BLOCK_M
     if WINDOWED:
         end = tl.minimum(tl.maximum(index + BLOCK_N - 1 + window, 0), T)
-        edge = tl.maximum(index + window, 0) // BLOCK_M * BLOCK_M
-        whole = tl.minimum(whole, end)
-        edge = tl.minimum(tl.maximum(edge, whole), end)
+        edge = end
     else:
         end = T
-        whole = tl.minimum(whole, T)
-        edge = T
-    return begin, whole, edge, end
+        edge = tl.minimum(tl.cdiv(tl.maximum(index + BLOCK_N - 1, 0), BLOCK_M) * BLOCK_M, T)
+    return begin, edge, end
 
 
 # ------------------------------------------------------------------------------------------------------------- forward
@@ -157,22 +154,22 @@ def forward_kernel(
     m = tl.full((BLOCK_M,), float("-inf"), tl.float32)  # of the products q · k, before the scale
     l = tl.zeros((BLOCK_M,), tl.float32)
     bounds = key_bounds(first, T, S, window, WINDOWED, BLOCK_M, BLOCK_N)
-    for part in tl.static_range(0 if WINDOWED else 1, 3):
+    for part in tl.static_range(1 if WINDOWED else 0, 2):
         for start in tl.range(bounds[part], bounds[part + 1], BLOCK_N):
-            k = load_tile(K, k_strides, start, S, part != 1, D, BLOCK_N, BLOCK_D)
+            k = load_tile(K, k_strides, start, S, part == 1, D, BLOCK_N, BLOCK_D)
             s = dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
-            if part != 1:
+            if part == 1:
                 s = tl.where(visible(position, start, window, WINDOWED, BLOCK_M, BLOCK_N), s, float("-inf"))
             m_new = tl.maximum(m, tl.max(s, 1))
             shift = rounded_product(m_new, scale)
-            if WINDOWED and part != 1:  # a query may see nothing of this tile, nor of those before
+            if WINDOWED:  # a query may see nothing of this tile, nor of those before
                 shift = tl.where(m_new == float("-inf"), 0.0, shift)
             p = exp_of_scores(s, scale, shift[:, None], q.dtype)
             alpha = tl.exp(rounded_product(m, scale) - shift)
             l = l * alpha + tl.sum(p, 1)
             if DROPOUT:
                 p = tl.where(keep_tile(seed, threshold, batch_head, position, start, BLOCK_M, BLOCK_N), p, 0.0)
-            v = load_tile(V, v_strides, start, S, part != 1, D, BLOCK_N, BLOCK_D)
+            v = load_tile(V, v_strides, start, S, part == 1, D, BLOCK_N, BLOCK_D)
             acc = dot(narrow(p, v.dtype), v, acc * alpha[:, None])
             m = m_new
 
@@ -233,6 +230,7 @@ def key_gradients_kernel(
 ):  # fmt: skip
     """dK and dV for BLOCK_N keys of one key head, over the queries of the GROUP query heads that read it.
 
+    Tiles of S and dP are transposed here, (BLOCK_N, BLOCK_M): as such they are left operands without being moved.
     With dropout dS = P ∘ (keep ∘ dP / kept − δ + dlse): the division waits for the end.
     """
     tiles = tl.cdiv(S, BLOCK_N)
@@ -247,24 +245,25 @@ def key_gradients_kernel(
         h = h_kv * GROUP + member
         batch_head = batch * H + h
         Q_h, dO_h = head_of(Q, q_strides, batch, h), head_of(dO, do_strides, batch, h)
-        for part in tl.static_range(0, 3 if WINDOWED else 2):
+        for part in tl.static_range(0, 1 if WINDOWED else 2):
             for start in tl.range(bounds[part], bounds[part + 1], BLOCK_M):
                 q = load_tile(Q_h, q_strides, start, T, True, D, BLOCK_M, BLOCK_D)
                 do = load_tile(dO_h, do_strides, start, T, True, D, BLOCK_M, BLOCK_D)
                 lse, delta, dlse = load_rows(LSE, DELTA, dLSE, kept, batch_head, start, T, BLOCK_M)
-                s = dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
-                p = exp_of_scores(s, scale, lse[:, None], q.dtype)
-                if part != 1:
-                    p = tl.where(visible(S - T + start, first, window, WINDOWED, BLOCK_M, BLOCK_N), p, 0.0)
-                dp = dot(do, tl.trans(v), tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
+                s = dot(k, tl.trans(q), tl.zeros((BLOCK_N, BLOCK_M), tl.float32))
+                p = exp_of_scores(s, scale, lse[None, :], q.dtype)
+                if part == 0:
+                    seen = visible(S - T + start, first, window, WINDOWED, BLOCK_M, BLOCK_N)
+                    p = tl.where(tl.trans(seen), p, 0.0)
+                dp = dot(v, tl.trans(do), tl.zeros((BLOCK_N, BLOCK_M), tl.float32))
                 dropped = p
                 if DROPOUT:
-                    keep = keep_tile(seed, threshold, batch_head, S - T + start, first, BLOCK_M, BLOCK_N)
+                    keep = tl.trans(keep_tile(seed, threshold, batch_head, S - T + start, first, BLOCK_M, BLOCK_N))
                     dropped = tl.where(keep, p, 0.0)
                     dp = tl.where(keep, dp, 0.0)
-                dv = dot(tl.trans(narrow(dropped, do.dtype)), do, dv)
-                ds = p * (dp - delta[:, None] + dlse[:, None])
-                dk = dot(tl.trans(narrow(ds, q.dtype)), q, dk)
+                dv = dot(narrow(dropped, do.dtype), do, dv)
+                ds = p * (dp - delta[None, :] + dlse[None, :])
+                dk = dot(narrow(ds, q.dtype), q, dk)
     store_tile(head_of(dK, dk_strides, batch, h_kv), dk_strides, first, S, dk * (scale / kept), D, BLOCK_N, BLOCK_D)
     store_tile(head_of(dV, dv_strides, batch, h_kv), dv_strides, first, S, dv / kept, D, BLOCK_N, BLOCK_D)
 
@@ -290,13 +289,13 @@ def query_gradients_kernel(
     position = S - T + first
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     bounds = key_bounds(first, T, S, window, WINDOWED, BLOCK_M, BLOCK_N)
-    for part in tl.static_range(0 if WINDOWED else 1, 3):
+    for part in tl.static_range(1 if WINDOWED else 0, 2):
         for start in tl.range(bounds[part], bounds[part + 1], BLOCK_N):
-            k = load_tile(K, k_strides, start, S, part != 1, D, BLOCK_N, BLOCK_D)
-            v = load_tile(V, v_strides, start, S, part != 1, D, BLOCK_N, BLOCK_D)
+            k = load_tile(K, k_strides, start, S, part == 1, D, BLOCK_N, BLOCK_D)
+            v = load_tile(V, v_strides, start, S, part == 1, D, BLOCK_N, BLOCK_D)
             s = dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
             p = exp_of_scores(s, scale, lse[:, None], q.dtype)
-            if part != 1:
+            if part == 1:
                 p = tl.where(visible(position, start, window, WINDOWED, BLOCK_M, BLOCK_N), p, 0.0)
             dp = dot(do, tl.trans(v), tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
             if DROPOUT:
@@ -329,14 +328,15 @@ def causal_attention_forward(
     """
     B, H, T, _ = q.shape
     out, lse = _empty_by_time(q), q.new_empty((B, H, T), dtype=torch.float32)
+    options = _options(q, k, dropout_p, window, seed)
     with torch.cuda.device_of(q):
         _launch(
             forward_kernel,
             (B * H, T, "BLOCK_M"),
-            _fit(tiles or _default("forward", q, seed is not None), T, k.shape[2]),
+            _fit(tiles or _default("forward", q, options), T, k.shape[2]),
             autotune,
             (q, k, v, out, lse, *(x.stride() for x in (q, k, v, out))),
-            {**_options(q, k, dropout_p, window, seed), "scale": abs(scale) or 1.0, "SIGN": (scale > 0) - (scale < 0)},
+            {**options, "scale": abs(scale) or 1.0, "SIGN": (scale > 0) - (scale < 0)},
         )
     return out, lse
 
@@ -376,7 +376,7 @@ def causal_attention_backward(
         _launch(
             key_gradients_kernel,
             (B * H_kv, S, "BLOCK_N"),
-            _fit(key_tiles or _default("key_gradients", q, seed is not None), T, S),
+            _fit(key_tiles or _default("key_gradients", q, options), T, S),
             autotune,
             (q, k, v, do, dk, dv, lse, delta, dlse, *(x.stride() for x in (q, k, v, do, dk, dv))),
             options,
@@ -384,7 +384,7 @@ def causal_attention_backward(
         _launch(
             query_gradients_kernel,
             (B * H, T, "BLOCK_M"),
-            _fit(query_tiles or _default("query_gradients", q, seed is not None), T, S),
+            _fit(query_tiles or _default("query_gradients", q, options), T, S),
             autotune,
             (q, k, v, do, dq, lse, delta, dlse, *(x.stride() for x in (q, k, v, do, dq))),
             options,
@@ -440,40 +440,52 @@ def _autotuned(kernel: Any) -> Any:
     return triton.autotune(CANDIDATES[kernel], key=["T", "S", "D", "GROUP", "WINDOWED", "DROPOUT"])(kernel)
 
 
-def _tiles(block_m: int, block_n: int, num_warps: int, num_stages: int) -> Config:
-    return Config({"BLOCK_M": block_m, "BLOCK_N": block_n}, num_warps=num_warps, num_stages=num_stages)
+def _tiles(block_m: int, block_n: int, num_warps: int, num_stages: int, maxnreg: int | None = None) -> Config:
+    """maxnreg: registers of a thread. Left to itself, ptxas rather spills a few than take more than 128."""
+    blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n}
+    return Config(blocks, num_warps=num_warps, num_stages=num_stages, maxnreg=maxnreg)
 
 
 def _fit(tiles: Config, T: int, S: int) -> Config:
-    """Smaller tiles for a short sequence, but not below 64 rows, which fill the tensor cores."""
+    """Smaller tiles for a short sequence, but not below 64 rows, which fill the tensor cores. Half the queries take
+    half the warps, so that a warp's registers hold what they did."""
     sizes = {"BLOCK_M": T, "BLOCK_N": S}
     blocks = {name: min(size, max(64, triton.next_power_of_2(sizes[name]))) for name, size in tiles.kwargs.items()}
-    return Config(blocks, num_warps=tiles.num_warps, num_stages=tiles.num_stages)
+    num_warps = tiles.num_warps * blocks["BLOCK_M"] // tiles.kwargs["BLOCK_M"]
+    return Config(blocks, num_warps=num_warps, num_stages=tiles.num_stages, maxnreg=tiles.maxnreg)
 
 
-def _default(kernel: str, q: Tensor, dropout: bool) -> Config:
-    """The table's tiles. The random words of dropout take the registers that a head of twice the size would."""
-    size = max(16, triton.next_power_of_2(q.shape[-1])) * (2 if dropout else 1)
-    return next(tiles for largest, tiles in TILES[kernel, q.element_size()] if size <= largest)
+def _default(kernel: str, q: Tensor, options: dict[str, Any]) -> Config:
+    """The table's tiles. The random words of dropout, and a window's comparisons in every tile, take the registers that
+    a head of twice the size would. Heads that are no multiple of 16 bytes, whose elements are loaded one by one, each
+    by its own address, take the smallest tiles."""
+    table = TILES[kernel, q.element_size()]
+    if options["D"] * q.element_size() % 16 != 0:
+        return table[-1][1]
+    size = options["BLOCK_D"] * (2 if options["DROPOUT"] or options["WINDOWED"] else 1)
+    return next(tiles for largest, tiles in table if size <= largest)
 
 
 # By kernel and bytes of an element: (largest D, tiles). Reasoned, not measured on a GPU: large tiles that compile
-# without spilling a register for sm_80 and sm_90. What others spilled (loads and stores, D = 64, bfloat16): forward
-# 128 x 64 with 4 warps 22 (sm_80); key_gradients 64 x 64 with grouped heads and dlse 34 and 43, 32 x 64 with dropout 2
-# (sm_80). Float32 is multiplied outside the tensor cores, from registers, and takes smaller ones.
+# without spilling a register for sm_80 and sm_90. What larger ones spilled, in bytes of stores:
+#   forward        128 x 64, D = 128 with a window: 8 (sm_80), 24 with 2 stages
+#   key_gradients  64 x 64, D = 64: 40 and 24 (sm_80, sm_90); 64 x 128: 32 and 64; D = 128: 32 x 64: 0 and 16, 32 x 128:
+#                  80 and 40, 64 x 64: 24 and 224; 32 x 32 with 4 warps: 8 and 0
+# Float32 is multiplied outside the tensor cores, from registers, and takes smaller ones; left to choose the number of
+# registers, ptxas spilled 8 to 32 bytes in half of them.
 TILES = {
     ("forward", 2): [(128, _tiles(128, 64, 8, 3)), (512, _tiles(64, 32, 8, 2))],
-    ("key_gradients", 2): [(128, _tiles(64, 32, 8, 2)), (512, _tiles(32, 32, 8, 1))],
+    ("key_gradients", 2): [(64, _tiles(32, 128, 8, 2)), (128, _tiles(64, 32, 8, 2)), (512, _tiles(32, 32, 8, 1))],
     ("query_gradients", 2): [(64, _tiles(64, 32, 4, 2)), (128, _tiles(64, 32, 8, 2)), (512, _tiles(32, 32, 8, 1))],
-    ("forward", 4): [(64, _tiles(32, 32, 4, 2)), (512, _tiles(16, 16, 4, 1))],
-    ("key_gradients", 4): [(64, _tiles(16, 32, 8, 1)), (512, _tiles(16, 16, 8, 1))],
-    ("query_gradients", 4): [(64, _tiles(32, 16, 8, 1)), (512, _tiles(16, 16, 8, 1))],
+    ("forward", 4): [(64, _tiles(32, 32, 8, 1, 255)), (512, _tiles(16, 16, 4, 1, 255))],
+    ("key_gradients", 4): [(64, _tiles(16, 32, 8, 1, 255)), (512, _tiles(16, 16, 8, 1, 255))],
+    ("query_gradients", 4): [(64, _tiles(32, 16, 8, 1, 255)), (512, _tiles(16, 16, 8, 1, 255))],
 }
 CANDIDATES = {
     forward_kernel: [_tiles(128, 64, 8, 3), _tiles(128, 64, 4, 3), _tiles(128, 128, 8, 2), _tiles(64, 64, 4, 3),
                      _tiles(64, 32, 4, 3), _tiles(32, 32, 4, 2), _tiles(16, 16, 4, 1)],
-    key_gradients_kernel: [_tiles(64, 64, 8, 2), _tiles(64, 64, 4, 2), _tiles(64, 128, 8, 2), _tiles(64, 32, 8, 2),
-                           _tiles(32, 32, 8, 1), _tiles(16, 32, 8, 1), _tiles(16, 16, 8, 1)],
+    key_gradients_kernel: [_tiles(32, 128, 8, 2), _tiles(64, 128, 8, 2), _tiles(32, 64, 8, 2), _tiles(32, 64, 4, 2),
+                           _tiles(64, 32, 8, 2), _tiles(32, 32, 8, 1), _tiles(16, 16, 8, 1, 255)],
     query_gradients_kernel: [_tiles(64, 32, 4, 2), _tiles(64, 64, 4, 2), _tiles(128, 64, 8, 2), _tiles(64, 32, 8, 2),
                              _tiles(32, 32, 8, 1), _tiles(32, 16, 8, 1), _tiles(16, 16, 8, 1)],
 }  # fmt: skip
