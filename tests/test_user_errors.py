@@ -15,6 +15,7 @@ from test_cli import TINY, Chargpt, chargpt, interrupt, one_error, start, traine
 
 from chargpt import training
 from chargpt.errors import ChargptError, user_errors
+from chargpt.fitting import Speed
 
 __all__ = ["chargpt", "trained"]  # fixtures
 
@@ -173,8 +174,10 @@ def test_ctrl_c_anywhere_is_one_line_and_the_same_command_finishes(
 
 
 def test_a_full_disk_while_training_is_one_error_and_the_same_command_finishes(
-    chargpt: Chargpt, tmp_path: Path
+    chargpt: Chargpt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # The steps that measure the speed would be moments too, more or fewer of them in every run.
+    monkeypatch.setattr(training, "measure_speed", lambda run: Speed(100_000, 100_000))
     (tmp_path / "text.txt").write_text(runs.words(), encoding="utf-8")
     moments = runs.Moments(tmp_path / "alone", lambda number, what: None)
     with moments:
