@@ -31,7 +31,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _has_room_for_wide_heads(device: torch.device) -> bool:
     """For float32. True on chips like sm_80 and sm_90, false on sm_86, sm_89 and sm_120."""
-    has = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    has = torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
     return bool(has >= _module().wide_float32_shared_bytes)
 
 
