@@ -109,9 +109,13 @@ struct B {  // the operand that is read in vectors; panels of kSpan vectors
 // 2/3 of the rounding error of one run of 64, within a factor of 1.5 of PyTorch's; runs of 32 would be 2 % faster.
 template <class N>
 CHARGPT_INLINE int run_of(int depth) {
-  if (CHARGPT_ISA_LEVEL == 0) return 4;  // without fused multiply-adds every product is rounded too
   return N::kPair == 1 && depth > 32 ? 16 : depth;
 }
+
+// Without fused multiply-adds every product is rounded too, and no run of float32 is short enough to be as right as
+// PyTorch: S, dP and delta are summed in float64 there.
+template <class N>
+inline constexpr bool kSumsInDouble = CHARGPT_ISA_LEVEL == 0 && std::is_same_v<typename N::Acc, float>;
 
 // C (4 x Span vectors) = alpha · A B, or C += A B, over `depth` words.
 template <class N, int Span, bool kAdd>
@@ -119,6 +123,17 @@ template <class N, int Span, bool kAdd>
                                 int64_t c_row, typename N::Acc alpha) {
   using Acc = typename N::Acc;
   constexpr int kW = kLanes<Acc>;
+  if constexpr (kSumsInDouble<N> && !kAdd) {
+    for (int r = 0; r < kStrip; ++r) {
+      double sum[Span * kW] = {};
+      for (int k = 0; k < depth; ++k) {
+        const double scalar = a.data[r * a.row + k * a.step];
+        for (int n = 0; n < Span * kW; ++n) sum[n] += scalar * b[k * b_step + n];
+      }
+      for (int n = 0; n < Span * kW; ++n) c[r * c_row + n] = static_cast<Acc>(sum[n] * alpha);
+    }
+    return;
+  }
   const typename N::Word* x = a.data;
   const int run = kAdd ? depth : run_of<N>(depth);
   for (int start = 0; start < depth; start += run) {
@@ -693,7 +708,7 @@ void weights_tile(const BackwardCall& call, const BackwardScratch<N>& scratch, c
   }
 }
 
-// rowsum(dO ∘ O). In float32 it is summed in the order of dP = dO Vᵀ, so that dP - rowsum cancels as well as it can:
+// rowsum(dO ∘ O). In float32 it is summed as dP = dO Vᵀ is, so that dP - rowsum cancels as well as it can:
 // exactly, for a query that sees one key.
 template <class N>
 void row_products(const Layout<N>& layout, const typename N::Storage* x, int64_t x_stride,
@@ -704,6 +719,7 @@ void row_products(const Layout<N>& layout, const typename N::Storage* x, int64_t
     for (int r = 0; r < rows; r += kW) {
       const int length = run_of<N>(layout.depth);
       Vec<Acc> sum{}, run{};
+      double doubles[kW] = {};
       for (int d = 0; d < layout.D; d += kW) {
         const int left = layout.D - d;
         Vec<Acc> a[kW], b[kW];
@@ -713,11 +729,20 @@ void row_products(const Layout<N>& layout, const typename N::Storage* x, int64_t
         }
         transpose<Acc>(a);
         transpose<Acc>(b);
+        if constexpr (kSumsInDouble<N>) {
+          for (int i = 0; i < kW; ++i) {
+            for (int n = 0; n < kW; ++n) doubles[n] += static_cast<double>(a[i][n]) * b[i][n];
+          }
+          continue;
+        }
         for (int i = 0; i < kW; ++i) run = a[i] * b[i] + run;
         if ((d + kW) % length == 0 || left <= kW) {
           sum = d < length ? run : run + sum;
           run = Vec<Acc>{};
         }
+      }
+      if constexpr (kSumsInDouble<N>) {
+        for (int n = 0; n < kW; ++n) sum[n] = static_cast<Acc>(doubles[n]);
       }
       store<Acc>(products + r, sum);
     }
