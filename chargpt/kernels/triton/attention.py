@@ -467,17 +467,17 @@ def _default(kernel: str, q: Tensor, options: dict[str, Any]) -> Config:
 
 
 # By kernel and bytes of an element: (largest D, tiles). Reasoned, not measured on a GPU: large tiles that compile
-# without spilling a register for sm_80 and sm_90. What larger ones spilled, in bytes of stores:
+# without spilling a register for sm_80 and sm_90. What larger ones spilled, in bytes:
 #   forward        128 x 64, D = 128 with a window: 8 (sm_80), 24 with 2 stages
-#   key_gradients  64 x 64, D = 64: 40 and 24 (sm_80, sm_90); 64 x 128: 32 and 64; D = 128: 32 x 64: 0 and 16, 32 x 128:
-#                  80 and 40, 64 x 64: 24 and 224; 32 x 32 with 4 warps: 8 and 0
-# Float32 is multiplied outside the tensor cores, from registers, and takes smaller ones; left to choose the number of
-# registers, ptxas spilled 8 to 32 bytes in half of them.
+#   key_gradients  64 x 64, D = 64: 40 and 48 (sm_80, sm_90); 64 x 128: 32 and 56; D = 128: 32 x 64: 0 and 16, 32 x 128:
+#                  80 and 32, 64 x 64: 24 and 224; 32 x 32 with 4 warps: 8 and 0
+#   float32        is multiplied outside the tensor cores, from registers, and takes smaller ones; left to choose the
+#                  number of registers, ptxas spilled 8 to 32 bytes. Forward, D = 256 with dropout, 8 warps: 8
 TILES = {
     ("forward", 2): [(128, _tiles(128, 64, 8, 3)), (512, _tiles(64, 32, 8, 2))],
     ("key_gradients", 2): [(64, _tiles(32, 128, 8, 2)), (128, _tiles(64, 32, 8, 2)), (512, _tiles(32, 32, 8, 1))],
     ("query_gradients", 2): [(64, _tiles(64, 32, 4, 2)), (128, _tiles(64, 32, 8, 2)), (512, _tiles(32, 32, 8, 1))],
-    ("forward", 4): [(64, _tiles(32, 32, 8, 1, 255)), (512, _tiles(16, 16, 4, 1, 255))],
+    ("forward", 4): [(64, _tiles(32, 32, 8, 1, 255)), (256, _tiles(16, 16, 8, 1, 255)), (512, _tiles(16, 16, 16, 1))],
     ("key_gradients", 4): [(64, _tiles(16, 32, 8, 1, 255)), (512, _tiles(16, 16, 8, 1, 255))],
     ("query_gradients", 4): [(64, _tiles(32, 16, 8, 1, 255)), (512, _tiles(16, 16, 8, 1, 255))],
 }

@@ -345,6 +345,8 @@ def _launch(tensors: tuple[Any, ...], options: tuple[Any, ...], autotune: bool, 
         align = 16 // X.element_size()
         kernel = _autotuned_long_rows() if autotune else long_rows_kernel
         tiles = {} if autotune else LONG_ROWS.all_kwargs()
+        if tiles and softcap is not None and X.dtype == torch.float32:
+            tiles["maxnreg"] = 255  # of 200 that it could use, ptxas takes 128 and spills 8 bytes
         kernel[(N,)](*arguments, **modes, ALIGN=align, ALIKE=(row_stride - V) % align == 0, **tiles)
 
 
