@@ -124,7 +124,11 @@ def test_training_says_the_loss_where_it_is_and_how_to_sample(chargpt: Chargpt, 
     assert chargpt(*last.split()[3:], "--max-new-tokens", "5")[0] == 0
 
 
-def test_each_choice_is_told_with_its_reason_and_what_is_set_by_hand_stays(chargpt: Chargpt, tmp_path: Path) -> None:
+def test_each_choice_is_told_with_its_reason_and_what_is_set_by_hand_stays(
+    chargpt: Chargpt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Four passes over the text: a faster machine would be given less time.
+    monkeypatch.setattr(training, "measure_speed", lambda run: Speed(10_000, 100_000))
     (tmp_path / "text.txt").write_text(runs.words(4000), encoding="utf-8")
     arguments = ("--minutes", "0.02", "--set", "model.n_layer=1", "--set", "model.n_embd=32", "--set", "device=cpu")
     code, _, err = chargpt("train", "text.txt", *arguments)

@@ -13,7 +13,7 @@ from chargpt.config import TrainConfig, override
 from chargpt.errors import ConfigError
 from chargpt.info import as_text, collect
 from chargpt.kernels import native
-from chargpt.kernels.registry import Choice
+from chargpt.kernels.registry import SMALL, Choice
 from chargpt.runtime import available_memory, device_name, resolve_device, resolve_runtime
 
 AUTO = TrainConfig()
@@ -138,7 +138,7 @@ def test_info_says_what_exists_and_why_the_rest_does_not() -> None:
         assert state.startswith(("available: ", "not available: "))
         assert len(state) > len("not available: ")
     chosen = info["chosen"]["cpu"]
-    assert set(chosen) == {"causal_attention", "softmax_cross_entropy"}
+    assert set(chosen) == {"causal_attention", "softmax_cross_entropy", *SMALL}
     assert "+".join(dict.fromkeys(chosen.values())) == resolve_runtime(override(runs.BIGRAM, ["kernels=auto"])).kernels
     text = as_text(info)
     for name in (*info["kernels"], "torch ", "native module: ", "cuda module: ", "gpus: "):
