@@ -60,7 +60,7 @@ __device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(__half x) { return __half2float(x); }
 __device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 
-// Channels [begin, begin + kRun) of the product of two rows
+// Channels [begin, begin + kRun) of the product of two rows. Multiply-adds by name, so that both branches round alike.
 template <class Element>
 __device__ inline float run_product(const Problem& problem, const Element* x, const Element* y, int begin) {
   constexpr int kVector = 16 / sizeof(Element);
@@ -73,10 +73,11 @@ __device__ inline float run_product(const Problem& problem, const Element* x, co
       *reinterpret_cast<uint4*>(left) = *reinterpret_cast<const uint4*>(x + begin + d);
       *reinterpret_cast<uint4*>(right) = *reinterpret_cast<const uint4*>(y + begin + d);
 #pragma unroll
-      for (int i = 0; i < kVector; ++i) sum += to_float(left[i]) * to_float(right[i]);
+      for (int i = 0; i < kVector; ++i) sum = fmaf(to_float(left[i]), to_float(right[i]), sum);
     }
   } else {
-    for (int d = begin; d < min(begin + kRun, problem.D); ++d) sum += to_float(x[d]) * to_float(y[d]);
+    const int end = min(begin + kRun, problem.D);
+    for (int d = begin; d < end; ++d) sum = fmaf(to_float(x[d]), to_float(y[d]), sum);
   }
   return sum;
 }
