@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,9 @@ import safetensors.torch
 import torch
 
 from chargpt.config import ModelConfig, parse
-from chargpt.errors import ChargptError, CheckpointError
+from chargpt.errors import ChargptError, CheckpointError, TokenizerError
 from chargpt.files import replaced_folder
-from chargpt.models import Model, build_model
+from chargpt.models import Ensemble, Model, build_model
 from chargpt.tokenizers import Tokenizer, load_tokenizer
 
 FORMAT = "chargpt-checkpoint"
@@ -101,6 +102,23 @@ def load_model(path: str | Path, device: torch.device | str = "cpu", kernels: st
             )
         model.load_state_dict(_from_bytes((folder / WEIGHTS).read_bytes()))
     return model.to(device).eval(), tokenizer
+
+
+def load_ensemble(
+    paths: Sequence[str | Path], device: torch.device | str = "cpu", kernels: str = "auto"
+) -> tuple[Model | Ensemble, Tokenizer]:
+    """As `load_model`, of one or more checkpoints: several predict together, with the mean of their probabilities.
+
+    Raises TokenizerError when two of them have different tokenizers.
+    """
+    (model, tokenizer), *others = [load_model(path, device, kernels) for path in paths]
+    for path, (_, other) in zip(paths[1:], others, strict=True):
+        if other.fingerprint != tokenizer.fingerprint:
+            raise TokenizerError(
+                f"{path} has another tokenizer ({other.vocab_size} symbols) than {paths[0]} ({tokenizer.vocab_size} "
+                f"symbols); models that predict together must be trained on the same text's symbols"
+            )
+    return Ensemble([model, *(member for member, _ in others)], kernels).eval() if others else model, tokenizer
 
 
 def load_state(folder: Path) -> tuple[Tensors, Tensors, dict[str, Any]]:

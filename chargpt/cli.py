@@ -38,11 +38,14 @@ What --set names stays as you set it.""",
     "eval": """examples:
   chargpt eval runs/my
   chargpt eval models/bigram-s1 --data data/splits --protocol full
-  chargpt eval runs/my --text other.txt""",
+  chargpt eval runs/my --text other.txt
+  chargpt eval models/modern-s1 models/modern-s2 models/modern-s3    the three together""",
     "info": """examples:
   chargpt info
   chargpt info --json""",
 }
+
+CHECKPOINTS = "the folder of a run (its best checkpoint) or of a checkpoint; several predict together, by the mean"
 
 
 def main() -> None:
@@ -85,7 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--track", action="store_true", help="log the run to MLflow (needs chargpt[pipeline])")
 
     sample = command("sample", sample_command, "Generate text from a run or a checkpoint.")
-    sample.add_argument("checkpoint", type=Path, help="the folder of a run (its best checkpoint) or of a checkpoint")
+    sample.add_argument("checkpoints", metavar="checkpoint", type=Path, nargs="+", help=CHECKPOINTS)
     sample.add_argument("--prompt", default="", help="text to go on from")
     sample.add_argument("--stream", action="store_true", help="print each token as it comes")
     sample.add_argument("--num-samples", type=int, default=1)
@@ -102,8 +105,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     sample.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
 
-    evaluate = command("eval", eval_command, "Loss of a run or a checkpoint, in nats per token.")
-    evaluate.add_argument("checkpoint", type=Path, help="the folder of a run (its best checkpoint) or of a checkpoint")
+    evaluate = command(
+        "eval", eval_command, "Loss of a run or a checkpoint, or of several together, in nats per token."
+    )
+    evaluate.add_argument("checkpoints", metavar="checkpoint", type=Path, nargs="+", help=CHECKPOINTS)
     source = evaluate.add_mutually_exclusive_group()
     source.add_argument("--data", type=Path, help="a folder with val.npy (default: the run's own, else data/splits)")
     source.add_argument("--text", help="score this text instead, every token after its first")
@@ -152,7 +157,7 @@ def train_command(arguments: argparse.Namespace) -> None:
 
 
 def sample_command(arguments: argparse.Namespace) -> None:
-    from chargpt.checkpoint import load_model
+    from chargpt.checkpoint import load_ensemble
     from chargpt.config import SampleConfig
     from chargpt.runtime import resolve_device
     from chargpt.sampling import generate_text, stream_text
@@ -169,7 +174,7 @@ def sample_command(arguments: argparse.Namespace) -> None:
     if arguments.stream and config.num_samples != 1:
         raise ConfigError("--stream shows one sample; leave out --stream or --num-samples")
     device = resolve_device(arguments.device)
-    model, tokenizer = load_model(arguments.checkpoint, device)
+    model, tokenizer = load_ensemble(arguments.checkpoints, device)
     if arguments.stream:
         pieces = stream_text(model, tokenizer, arguments.prompt, config, device)
         print(arguments.prompt, end="", flush=True)
@@ -181,20 +186,19 @@ def sample_command(arguments: argparse.Namespace) -> None:
 
 
 def eval_command(arguments: argparse.Namespace) -> None:
-    from chargpt.checkpoint import find_checkpoint, load_model, read_description
+    from chargpt.checkpoint import find_checkpoint, load_ensemble, read_description
     from chargpt.config import EvaluationConfig
     from chargpt.evaluation import PROTOCOLS, evaluate
     from chargpt.runtime import resolve_device
 
     device = resolve_device(arguments.device)
-    folder = find_checkpoint(arguments.checkpoint)
-    model, tokenizer = load_model(folder, device)
+    model, tokenizer = load_ensemble(arguments.checkpoints, device)
     if arguments.text is not None:
         tokens = _tokens_of_text(arguments.text, arguments.encoding, tokenizer)
     else:
-        tokens = _validation_tokens(arguments.checkpoint, arguments.data, tokenizer)
+        tokens = _validation_tokens(arguments.checkpoints[0], arguments.data, tokenizer)
     protocols = PROTOCOLS if arguments.protocol == "all" else (arguments.protocol,)
-    batch_size = read_description(folder)["summary"]["batch_size"]
+    batch_size = read_description(find_checkpoint(arguments.checkpoints[0]))["summary"]["batch_size"]
     losses = evaluate(model, tokens, EvaluationConfig(), batch_size, device, protocols)
     if arguments.json:
         print(json.dumps(losses, indent=1))

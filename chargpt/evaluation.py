@@ -16,7 +16,7 @@ from chargpt.config import EvaluationConfig
 from chargpt.data import Splits, Tokens, random_batch
 from chargpt.errors import CorpusError
 from chargpt.kernels import softmax_cross_entropy
-from chargpt.models import Model
+from chargpt.models import Ensemble, Model
 
 PROTOCOLS = ("full", "sliding", "nanogpt")
 COUNTED_TOKENS = 5_000_000  # in pairs of characters: bounds time and memory
@@ -24,7 +24,7 @@ TOKENS_PER_PASS = 8_192  # in one forward pass of `full` and `sliding`: bounds t
 
 
 def evaluate(
-    model: Model,
+    model: Model | Ensemble,
     tokens: Tokens,
     config: EvaluationConfig,
     batch_size: int,
@@ -40,13 +40,13 @@ def evaluate(
     return {protocol: losses[protocol]() for protocol in protocols}
 
 
-def full_loss(model: Model, tokens: Tokens, device: torch.device | str = "cpu") -> float:
+def full_loss(model: Model | Ensemble, tokens: Tokens, device: torch.device | str = "cpu") -> float:
     """Mean loss over tokens[1:] of `tokens` (N,), each scored once, in non-overlapping windows of block_size."""
     return sliding_loss(model, tokens, stride=model.block_size, device=device)
 
 
 @torch.no_grad()
-def sliding_loss(model: Model, tokens: Tokens, stride: int, device: torch.device | str = "cpu") -> float:
+def sliding_loss(model: Model | Ensemble, tokens: Tokens, stride: int, device: torch.device | str = "cpu") -> float:
     """Mean loss over tokens[1:] of `tokens` (N,), each scored once: windows of block_size move by `stride`.
 
     Each window scores only the tokens that no earlier one did, so a token sees at least block_size − stride of
@@ -65,7 +65,11 @@ def sliding_loss(model: Model, tokens: Tokens, stride: int, device: torch.device
 
 @torch.no_grad()
 def nanogpt_loss(
-    model: Model, tokens: Tokens, config: EvaluationConfig, batch_size: int, device: torch.device | str = "cpu"
+    model: Model | Ensemble,
+    tokens: Tokens,
+    config: EvaluationConfig,
+    batch_size: int,
+    device: torch.device | str = "cpu",
 ) -> float:
     """Mean loss over `config.nanogpt_batches` batches of random windows, from a generator seeded by `config.seed`."""
     if len(tokens) <= model.block_size:
@@ -113,7 +117,7 @@ def guess_losses(splits: Splits) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def evaluating(model: Model) -> Iterator[None]:
+def evaluating(model: Model | Ensemble) -> Iterator[None]:
     """Evaluation mode inside the block (no dropout), the former mode after it."""
     was_training = model.training
     model.eval()

@@ -229,6 +229,26 @@ def test_eval_gives_the_numbers_of_the_run(chargpt: Chargpt, trained: Path) -> N
     assert out == f"full     {metrics['val_full_last']:.4f} nats per token\n"
 
 
+def test_several_runs_are_evaluated_and_sampled_together(chargpt: Chargpt, trained: Path, tmp_path: Path) -> None:
+    shutil.copy(trained / "my.txt", tmp_path / "my.txt")
+    assert chargpt("train", "my.txt", *TINY, "--seed", "2")[0] == 0
+    both = (trained / "runs/my", tmp_path / "runs/my")
+    alone = [json.loads(chargpt("eval", run, "--protocol", "full", "--json")[1])["full"] for run in both]
+    code, out, err = chargpt("eval", *both, "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out)["full"] < sum(alone) / 2
+    code, out, _ = chargpt("sample", *both, "--max-new-tokens", "20")
+    assert (code, len(out)) == (0, 21)
+
+
+def test_runs_of_different_symbols_do_not_predict_together(chargpt: Chargpt, trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "other.txt").write_text("other symbols " * 200, encoding="utf-8")
+    assert chargpt("train", "other.txt", *TINY)[0] == 0
+    code, out, err = chargpt("eval", trained / "runs/my", "runs/other")
+    assert (code, out) == (2, "")
+    assert "runs/other has another tokenizer (" in err
+
+
 def test_eval_scores_another_text_in_the_same_symbols(chargpt: Chargpt, trained: Path, tmp_path: Path) -> None:
     (tmp_path / "other.txt").write_text(runs.words(500, seed=3), encoding="utf-8")
     (tmp_path / "random.txt").write_text("zq" * 100, encoding="utf-8")

@@ -16,7 +16,7 @@ from chargpt.config import BigramConfig, EvaluationConfig, TokenizerConfig, Tran
 from chargpt.data import Splits, Tokens, split_tokens
 from chargpt.errors import CorpusError
 from chargpt.evaluation import PROTOCOLS, evaluate, evaluating, full_loss, guess_losses, nanogpt_loss, sliding_loss
-from chargpt.models import Model, build_model
+from chargpt.models import Ensemble, Model, build_model
 from chargpt.tokenizers import build_tokenizer
 
 V = 11
@@ -276,3 +276,37 @@ def test_a_guess_by_pairs_gives_all_characters_together_a_probability_of_one() -
             one = Splits(np.concatenate([train, tokenizer.encode(first)]), tokenizer.encode(second), tokenizer)
             total += math.exp(-list(guess_losses(one).values())[2])
         assert total == pytest.approx(1.0, abs=1e-9)
+
+
+# ------------------------------------------------------------------------------------------------------------- ensemble
+
+
+def test_an_ensemble_predicts_with_the_mean_of_the_probabilities() -> None:
+    models = [model_of(config).eval() for config in (BigramConfig(block_size=9), TRANSFORMER)]
+    idx, targets = (torch.randint(V, (3, 6), generator=torch.Generator().manual_seed(s)) for s in (0, 1))
+    ensemble = Ensemble(models).eval()
+    assert ensemble.block_size == 6
+    probabilities = sum(model(idx)[0].double().softmax(-1) for model in models) / 2
+    logits, loss = ensemble(idx, targets)
+    torch.testing.assert_close(logits.double().softmax(-1), probabilities, rtol=1e-5, atol=1e-7)
+    expected = -probabilities.gather(-1, targets[..., None]).log().mean()
+    assert loss is not None
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+
+
+def test_an_ensemble_loses_less_than_its_members_on_average_and_one_alone_as_much_as_alone() -> None:
+    models, tokens = [model_of(config) for config in (BigramConfig(block_size=6), TRANSFORMER)], text(200)
+    alone = [full_loss(model, tokens) for model in models]
+    assert full_loss(Ensemble(models), tokens) < sum(alone) / 2
+    assert full_loss(Ensemble(models[1:]), tokens) == pytest.approx(alone[1], rel=1e-6)
+
+
+def test_an_ensemble_is_sure_where_its_members_are() -> None:
+    """Logits of ±1e4: probabilities of 0 and 1, and nothing infinite or not a number but log 0."""
+    model = build_model(BigramConfig(block_size=4), V, seed=0)
+    with torch.no_grad():
+        next(model.parameters()).copy_(2e4 * torch.eye(V) - 1e4)
+    idx = torch.arange(4)[None]
+    logits, loss = Ensemble([model, model])(idx, idx)
+    assert torch.equal(logits.argmax(-1), idx)
+    assert loss == 0

@@ -7,9 +7,10 @@ from torch import nn
 
 from chargpt.config import BigramConfig, ModelConfig
 from chargpt.models.bigram import BigramLanguageModel
+from chargpt.models.ensemble import Ensemble
 from chargpt.models.transformer import Transformer
 
-__all__ = ["BigramLanguageModel", "LanguageModel", "Transformer", "build_model", "parameter_count"]
+__all__ = ["BigramLanguageModel", "Ensemble", "LanguageModel", "Transformer", "build_model", "parameter_count"]
 
 Model = BigramLanguageModel | Transformer
 

@@ -1,0 +1,36 @@
+"""Several models as one: the mean of their probabilities."""
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from chargpt.kernels import softmax_cross_entropy
+
+if TYPE_CHECKING:
+    from chargpt.models import Model
+
+
+class Ensemble(nn.Module):
+    """Predicts with its members' mean probability (Lakshminarayanan et al. 2017, arXiv 1612.01474, section 2.4).
+
+    Its loss is never above the mean of theirs, since −log is convex. The members must share a vocabulary; the window is
+    the shortest of theirs.
+    """
+
+    def __init__(self, members: Sequence["Model"], kernels: str = "auto") -> None:
+        super().__init__()
+        self.members, self.kernels = nn.ModuleList(members), kernels
+        self.block_size: int = min(member.block_size for member in members)
+
+    def forward(
+        self, idx: torch.Tensor, targets: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Logits (B, T, V), float32, for the token after each of `idx` (B, T); the mean loss in nats if `targets`."""
+        logs = torch.stack([member(idx)[0].float().log_softmax(-1) for member in self.members])  # (M, B, T, V)
+        logits = logs.logsumexp(0) - math.log(len(self.members))
+        if targets is None:
+            return logits, None
+        return logits, softmax_cross_entropy(logits, targets, impl=self.kernels)
