@@ -1,9 +1,10 @@
 """Validation loss over seconds of training: our presets against nanoGPT's CPU configuration, in one run on one machine.
 
-Run as `python -m benchmarks.time_to_loss [--seeds 1 2 3] [--presets modern cpu-best]` after `make repro`, on a quiet
-machine. nanoGPT's configuration runs on the torch implementation in float32, uncompiled, as nanoGPT itself does on a
-CPU. The runs take turns, seed by seed, so that a drift of the machine's speed falls on all of them. Seconds are those
-of the training steps; the loss is `full` of `chargpt.evaluation`.
+Run as `python -m benchmarks.time_to_loss [--seeds 1 2 3] [--presets cpu-best]` after `make repro`, on a quiet machine.
+nanoGPT's configuration runs on the torch implementation in float32, uncompiled, as nanoGPT itself does on a CPU; then
+`modern` has as many seconds as that took, and other presets have their own. The runs take turns, seed by seed, so that
+a drift of the machine's speed falls on all of them. Seconds are those of the training steps; the loss is `full` of
+`chargpt.evaluation`.
 """
 
 import argparse
@@ -30,17 +31,21 @@ POINTS = 25  # evaluations in a run, about
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
-    parser.add_argument("--presets", nargs="+", choices=sorted(PRESETS.keys() - {YARDSTICK}), default=["modern"])
+    parser.add_argument("--presets", nargs="*", choices=sorted(PRESETS.keys() - {YARDSTICK}), default=[])
     options = parser.parse_args()
-    configs = {YARDSTICK: replace(PRESETS[YARDSTICK], kernels="torch", eval_interval=2000 // POINTS)}
-    configs |= {name: PRESETS[name] for name in options.presets}
+    yardstick = replace(PRESETS[YARDSTICK], kernels="torch", eval_interval=2000 // POINTS)
     splits = load_splits(SPLITS)
-    runs = [measure(name, config, seed, splits) for seed in options.seeds for name, config in configs.items()]
+    runs = []
+    for seed in options.seeds:
+        runs.append(measure(YARDSTICK, yardstick, seed, splits))
+        same_time = replace(PRESETS["modern"], max_seconds=runs[-1]["seconds"])
+        runs.append(measure("modern, same time", same_time, seed, splits))
+        runs += [measure(name, PRESETS[name], seed, splits) for name in options.presets]
     content = {"machine": machine(), "runs": runs}
     (RESULTS / "time_to_loss.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     draw(runs, PICTURE)
     print("| configuration | seeds | " + " | ".join(COLUMNS) + " |\n|---|---:|" + "---:|" * len(COLUMNS))
-    for name in configs:
+    for name in dict.fromkeys(run["name"] for run in runs):
         mine = [run for run in runs if run["name"] == name]
         cells = [spread([run[key] for run in mine], digits) for key, digits in COLUMNS.items()]
         print(f"| {name} | {len(mine)} | " + " | ".join(cells) + " |")

@@ -27,7 +27,7 @@ _MODERN = TrainConfig(
     max_seconds=80.0,
     batch_size=32,
     sampling="epoch",
-    optimizer=OptimizerConfig(kind="muon", learning_rate=0.02, muon_learning_rate=0.02, weight_decay=0.1),
+    optimizer=OptimizerConfig(kind="muon", learning_rate=0.02, muon_learning_rate=0.02, weight_decay=0.3),
     schedule=ScheduleConfig(kind="wsd", warmup_steps=0, decay_fraction=1.0),
     grad_clip=None,
     eval_interval=200,
@@ -38,14 +38,16 @@ PRESETS: dict[str, TrainConfig] = {
     "modern": _MODERN,
     "cpu-best": replace(
         _MODERN,
-        model=replace(_MODERN_MODEL, block_size=256, n_head=3, n_embd=192, dropout=0.1),
+        model=replace(_MODERN_MODEL, block_size=256, n_head=3, n_embd=192),
         max_seconds=300.0,
         batch_size=16,
+        optimizer=replace(_MODERN.optimizer, weight_decay=0.5),
     ),
     "best": replace(  # reasoned from the others; not measured yet
         _MODERN,
-        model=replace(_MODERN_MODEL, block_size=256, n_layer=6, n_head=4, n_embd=256, dropout=0.2),
+        model=replace(_MODERN_MODEL, block_size=256, n_layer=6, n_head=4, n_embd=256, dropout=0.1),
         max_seconds=3600.0,
         batch_size=16,
+        optimizer=replace(_MODERN.optimizer, weight_decay=0.5),
     ),
 }
