@@ -19,7 +19,7 @@ from chargpt.presets import PRESETS
 # The longest time for which a preset is the best of the three, on a CPU; a GPU takes the next one.
 LADDER = (("modern", 3 * 60.0), ("cpu-best", 20 * 60.0), ("best", float("inf")))
 # Passes over the text up to which a dropout is enough, and the dropout.
-DROPOUT = ((4, 0.0), (10, 0.1), (25, 0.2), (math.inf, 0.3))
+DROPOUT = ((6, 0.0), (10, 0.1), (25, 0.2), (math.inf, 0.3))
 RARE_PASSES = 2  # fewer cannot overfit, and need none
 TUNED_ON = 1_003_854  # tokens of training text on which the presets were tuned, each for its own time
 MOST_PASSES = 40  # the loss of 30,000 characters was lowest after 22 to 27 passes with a dropout of 0.3
