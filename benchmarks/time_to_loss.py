@@ -84,9 +84,7 @@ def draw(runs: list[dict[str, Any]], picture: Path) -> None:
         label = run["name"] if run["seed"] == runs[0]["seed"] else None
         axes.plot(*zip(*run["curve"][1:], strict=True), color=colour, alpha=0.8, linewidth=1.5, label=label)
     axes.axhline(1.4697, color="grey", linewidth=0.8, linestyle="--")
-    axes.text(
-        axes.get_xlim()[1], 1.4697, "nanoGPT's GPU configuration on an A100, 1.4697 ", ha="right", va="top", fontsize=8
-    )
+    axes.text(0, 1.4697, "nanoGPT's GPU configuration on an A100, 1.4697", va="top", fontsize=8)
     axes.set_ylim(top=3.0)
     axes.set_xlabel("seconds of training")
     axes.set_ylabel("validation loss, nats per character")

@@ -1,7 +1,7 @@
 """Configurations that were measured to be good at what their name says; `EXPERIMENTS.md` holds the measurements.
 
-`nanogpt-cpu` is the field's yardstick. `modern` takes as long on two cores, `cpu-best` five minutes of them, `best` an
-hour or a GPU.
+`nanogpt-cpu` is the field's yardstick. `modern` takes about as long on two cores, `cpu-best` five minutes of them; `best`,
+for an hour of them or a GPU, is reasoned from these and not measured yet.
 """
 
 from dataclasses import replace
@@ -43,7 +43,7 @@ PRESETS: dict[str, TrainConfig] = {
         batch_size=16,
         optimizer=replace(_MODERN.optimizer, weight_decay=0.5),
     ),
-    "best": replace(  # reasoned from the others; not measured yet
+    "best": replace(
         _MODERN,
         model=replace(_MODERN_MODEL, block_size=256, n_layer=6, n_head=4, n_embd=256, dropout=0.1),
         max_seconds=3600.0,
