@@ -1,7 +1,7 @@
 """Configurations that were measured to be good at what their name says; `EXPERIMENTS.md` holds the measurements.
 
-`nanogpt-cpu` is the field's yardstick. `modern` takes about as long on two cores, `cpu-best` five minutes of them; `best`,
-for an hour of them or a GPU, is reasoned from these and not measured yet.
+`nanogpt-cpu` is the field's yardstick. `modern` takes about as long on two cores, `cpu-best` five minutes of them.
+`best`, for an hour of them or a GPU, is reasoned from these and not measured yet.
 """
 
 from dataclasses import replace
