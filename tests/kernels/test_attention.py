@@ -1,10 +1,6 @@
 """Causal attention: every implementation that runs here, against a naive twin in float64."""
 
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -278,20 +274,3 @@ def test_operators_pass_opcheck(case: AttentionCase, dtype: torch.dtype, dropout
     torch.library.opcheck(
         torch.ops.chargpt.causal_attention_backward.default, (*gradients, q, k, v, out, lse, *options)
     )
-
-
-@pytest.mark.skipif("cpp" not in IMPLEMENTATIONS, reason="the native module is not here")
-@pytest.mark.parametrize("isa", ["plain", "avx2", "avx512"])
-def test_lower_code_paths_pass_the_numerical_tests(isa: str) -> None:
-    """In another process, since the path is chosen once. The best path runs in this one."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    some = "T65 or D16 or D31 or D80 or one_query or grouped or window_16 or dropout or packed or huge"
-    done = subprocess.run(
-        [*command, "-k", f"loses_no_more and cpp and ({some})"],
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "CHARGPT_CPU_ISA": isa},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-3000:]

@@ -4,12 +4,8 @@ The twins are loops over rows and heads, and turn channels as complex numbers. P
 the measure, is written out in single operations in float32.
 """
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -490,20 +486,6 @@ class TestOperators:
                 got = case.run([mode.from_tensor(x.detach()) for x in inputs], "cpp")
             real = case.run(inputs, "cpp")
             assert [(x.shape, x.dtype) for x in got] == [(x.shape, x.dtype) for x in real]
-
-    @pytest.mark.parametrize("isa", ["plain", "avx2", "avx512"])
-    def test_lower_code_paths_pass_the_numerical_tests(self, isa: str) -> None:
-        """In another process, since the path is chosen once. The best path runs in this one."""
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-        done = subprocess.run(
-            [*command, "-k", "cpp and (loses_no_more or naive_twins or hidden or missing)"],
-            cwd=Path(__file__).parents[2],
-            env={**os.environ, "CHARGPT_CPU_ISA": isa},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout[-3000:]
 
 
 def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

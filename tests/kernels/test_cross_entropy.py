@@ -1,10 +1,5 @@
 """Softmax cross-entropy: every implementation that runs here, against a naive twin in float64."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -275,21 +270,6 @@ class TestOperators:
             torch.testing.assert_close(
                 gradient(by_operator, logits), gradient(eager, logits), rtol=1e-5, atol=1e-9, msg=case.name
             )
-
-    @pytest.mark.parametrize("isa", ["plain", "avx2", "avx512"])
-    def test_lower_code_paths_pass_the_numerical_tests(self, isa: str) -> None:
-        """In another process, since the path is chosen once. The best path runs in this one."""
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-        chosen = "cpp and (loses_no_more or naive_twins or hidden or no_row)"
-        done = subprocess.run(
-            [*command, "-k", chosen],
-            cwd=Path(__file__).parents[2],
-            env={**os.environ, "CHARGPT_CPU_ISA": isa},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout[-3000:]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,31 @@
+"""The code for CPUs with fewer instructions than this one: the numerical tests of every kernel, on each lower path."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from .cases import implementations
+
+FOLDER = Path(__file__).parent
+FILES = [FOLDER / name for name in ("test_attention.py", "test_block.py", "test_cross_entropy.py")]
+NUMERICAL = "loses_no_more or naive_twins or hidden or missing or no_row"
+SOME = "T65 or D16 or D31 or D80 or one_query or grouped or window_16 or dropout or packed or huge"  # of attention's
+
+
+@pytest.mark.skipif("cpp" not in implementations("causal_attention"), reason="the native module is not here")
+@pytest.mark.parametrize("isa", ["plain", "avx2", "avx512"])
+def test_lower_code_paths_pass_the_numerical_tests(isa: str) -> None:
+    """In another process, since the path is chosen once. The best path runs in this one."""
+    chosen = f"cpp and ({NUMERICAL}) and (not test_attention or {SOME})"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *FILES, "-k", chosen],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "CHARGPT_CPU_ISA": isa},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
