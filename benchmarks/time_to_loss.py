@@ -31,7 +31,7 @@ POINTS = 25  # evaluations in a run, about
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
-    parser.add_argument("--presets", nargs="*", choices=sorted(PRESETS.keys() - {YARDSTICK}), default=[])
+    parser.add_argument("--presets", nargs="+", choices=sorted(PRESETS.keys() - {YARDSTICK}), default=[])
     options = parser.parse_args()
     yardstick = replace(PRESETS[YARDSTICK], kernels="torch", eval_interval=2000 // POINTS)
     splits = load_splits(SPLITS)

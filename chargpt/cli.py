@@ -110,7 +110,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("checkpoints", metavar="checkpoint", type=Path, nargs="+", help=CHECKPOINTS)
     source = evaluate.add_mutually_exclusive_group()
-    source.add_argument("--data", type=Path, help="a folder with val.npy (default: the run's own, else data/splits)")
+    source.add_argument(
+        "--data", type=Path, help="a folder with val.npy (default: the first run's own, else data/splits)"
+    )
     source.add_argument("--text", help="score this text instead, every token after its first")
     evaluate.add_argument(
         "--protocol", choices=("full", "sliding", "nanogpt", "all"), default="all", help="how to score (default: all)"

@@ -16,7 +16,7 @@ from chargpt.evaluation import TOKENS_PER_PASS
 from chargpt.models.transformer import BIGRAM_ROWS
 from chargpt.presets import PRESETS
 
-# The longest time for which a preset is the best of the three, on a CPU; a GPU takes the next one.
+# The longest time for which a preset is taken on a CPU; a GPU takes the next one.
 LADDER = (("modern", 3 * 60.0), ("cpu-best", 20 * 60.0), ("best", float("inf")))
 # Passes over the text up to which a dropout is enough, and the dropout.
 DROPOUT = ((6, 0.0), (10, 0.1), (25, 0.2), (math.inf, 0.3))

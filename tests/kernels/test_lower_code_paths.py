@@ -21,7 +21,7 @@ def test_lower_code_paths_pass_the_numerical_tests(isa: str) -> None:
     """In another process, since the path is chosen once. The best path runs in this one."""
     chosen = f"cpp and ({NUMERICAL}) and (not test_attention or {SOME})"
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *FILES, "-k", chosen],
+        [sys.executable, "-m", "pytest", "-v", "-x", "-p", "no:cacheprovider", *FILES, "-k", chosen],
         cwd=Path(__file__).parents[2],
         env={**os.environ, "CHARGPT_CPU_ISA": isa},
         capture_output=True,
@@ -29,3 +29,4 @@ def test_lower_code_paths_pass_the_numerical_tests(isa: str) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout[-3000:]
+    assert all(f"{file.name}::" in done.stdout for file in FILES)  # none was left out by a name that changed
