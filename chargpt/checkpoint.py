@@ -168,6 +168,16 @@ def find_checkpoint(path: str | Path) -> Path:
     raise CheckpointError(f"{path} holds no checkpoint (no {DESCRIPTION} in it, in best/ or in last/)")
 
 
+def require_same_data(path: str | Path, fingerprint: str) -> None:
+    """Raise CheckpointError unless the model was trained on the splits with this fingerprint, so saw no other part."""
+    folder = find_checkpoint(path)
+    if read_description(folder)["summary"].get("data") != fingerprint:
+        raise CheckpointError(
+            f"{path} was trained on another text, another split of it, or does not say on which: it may have seen the "
+            f"validation part, so no loss on that would be honest"
+        )
+
+
 def export_checkpoint(source: Path, target: Path) -> None:
     """Copy the part of a checkpoint that serves to use it, not to go on training: same bytes for the same model."""
     model, tokenizer = load_model(source)

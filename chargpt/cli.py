@@ -29,6 +29,7 @@ EXAMPLES = {
   chargpt train poems/ --preset cpu-best --set model.dropout=0.2 --out runs/poems-2
   chargpt train my.txt --set model.kind=bigram --set max_steps=3000
   chargpt train my.txt --config variant.yaml    exactly this, fitted to nothing
+  chargpt train my.txt --out runs/student --teacher runs/my-1 runs/my-2 runs/my-3
 
 Without --config, a preset is fitted to the text, this machine and the time; each choice is printed with its reason.
 What --set names stays as you set it.""",
@@ -81,6 +82,15 @@ def build_parser() -> argparse.ArgumentParser:
     base.add_argument("--config", type=Path, help="YAML with the fields of one variant of params.yaml, taken as it is")
     train.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change one knob, as in model.n_layer=6; repeat"
+    )
+    train.add_argument(
+        "--teacher",
+        type=Path,
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="RUN",
+        help="learn what these runs on the same text predict together (distillation), in place of the text itself",
     )
     train.add_argument("--seed", type=int, default=1, help="of weights, batches and dropout (default: 1)")
     train.add_argument("--val-fraction", type=float, help="last part of the text to validate on (default: a tenth)")
@@ -146,7 +156,7 @@ def train_command(arguments: argparse.Namespace) -> None:
     folder = arguments.out or Path("runs") / name
     require_unfinished(folder)
     splits = _splits_of_text(arguments)
-    run = Run(config.model.kind, arguments.seed, config, splits, name, folder)
+    run = Run(config.model.kind, arguments.seed, config, splits, name, folder, tuple(arguments.teacher))
     if arguments.config is None:
         with _machine(run, device) as machine:
             fitted = fit(request, Text(len(splits.train), len(splits.val), splits.tokenizer.vocab_size), machine)
@@ -198,7 +208,7 @@ def eval_command(arguments: argparse.Namespace) -> None:
     if arguments.text is not None:
         tokens = _tokens_of_text(arguments.text, arguments.encoding, tokenizer)
     else:
-        tokens = _validation_tokens(arguments.checkpoints[0], arguments.data, tokenizer)
+        tokens = _validation_tokens(arguments.checkpoints, arguments.data, tokenizer)
     protocols = PROTOCOLS if arguments.protocol == "all" else (arguments.protocol,)
     batch_size = read_description(find_checkpoint(arguments.checkpoints[0]))["summary"]["batch_size"]
     losses = evaluate(model, tokens, EvaluationConfig(), batch_size, device, protocols)
@@ -291,10 +301,16 @@ def _tokens_of_text(path: str, encoding: str, tokenizer: "Tokenizer") -> "Tokens
     return tokens
 
 
-def _validation_tokens(checkpoint: Path, data: Path | None, tokenizer: "Tokenizer") -> "Tokens":
-    """The validation part that belongs to a checkpoint. Raises when there is none, or it is another tokenizer's."""
+def _validation_tokens(checkpoints: list[Path], given: Path | None, tokenizer: "Tokenizer") -> "Tokens":
+    """The validation part that belongs to all checkpoints, or the one in the folder that was given.
+
+    Raises CorpusError when there is none, TokenizerError when it is another tokenizer's, and CheckpointError when a
+    model was trained on other data than lie beside the first.
+    """
+    from chargpt.checkpoint import require_same_data
     from chargpt.data import load_splits
 
+    checkpoint, data = checkpoints[0], given
     if data is None:
         candidates = (checkpoint / "data", checkpoint.resolve().parent / "data", Path("data/splits"))
         data = next((folder for folder in candidates if (folder / "val.npy").exists()), None)
@@ -306,4 +322,7 @@ def _validation_tokens(checkpoint: Path, data: Path | None, tokenizer: "Tokenize
             f"{checkpoint} was trained with another tokenizer ({tokenizer.vocab_size} symbols) than made {data} "
             f"({splits.tokenizer.vocab_size} symbols); use its own data, or score a text with --text"
         )
+    if given is None:
+        for path in checkpoints:
+            require_same_data(path, splits.fingerprint)
     return splits.val_with_context

@@ -20,6 +20,7 @@ import typing
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +41,12 @@ from chargpt.config import (
 )
 from chargpt.console import Interrupts, Progress, duration, say
 from chargpt.data import BatchSource, EpochBatches, RandomBatches, Splits, require_size, write_splits
+from chargpt.distillation import distillation_loss, load_teachers
 from chargpt.errors import CheckpointError, RunInterruptedError, TrainingError
 from chargpt.evaluation import PROTOCOLS, TOKENS_PER_PASS, evaluate, full_loss
 from chargpt.files import replaced_file
 from chargpt.fitting import WHAT_TO_LOWER, Speed, require_memory
-from chargpt.models import Model, build_model, parameter_count
+from chargpt.models import Ensemble, Model, build_model, parameter_count
 from chargpt.optim import build_optimizers, learning_rate_scale, set_learning_rate
 from chargpt.runtime import Runtime, available_memory, device_name, resolve_runtime
 from chargpt.sampling import generate_text
@@ -61,6 +63,7 @@ class Run:
     splits: Splits
     corpus: str  # a name for people
     folder: Path  # of this run alone: checkpoints, curve, metrics
+    teachers: tuple[Path, ...] = ()  # runs or checkpoints whose mean prediction it learns, in place of the text's
 
     def __post_init__(self) -> None:
         require_seed(self.seed)
@@ -73,17 +76,25 @@ class Run:
             "compile": runtime.compile,
             "kernels": runtime.kernels,
         }
-        return flatten(self.config) | chosen | {"seed": self.seed, "data": self.splits.fingerprint}
+        given = {"seed": self.seed, "data": self.splits.fingerprint}
+        return flatten(self.config) | chosen | given | self.teacher_weights
+
+    @cached_property
+    def teacher_weights(self) -> dict[str, str]:
+        """The SHA-256 of each teacher's weights, as plain data; read once, since teachers may move while it trains."""
+        digests = [checkpoint.read_description(checkpoint.find_checkpoint(path)) for path in self.teachers]
+        return {f"teacher {n}": content["files"][checkpoint.WEIGHTS] for n, content in enumerate(digests, start=1)}
 
 
 @dataclass
 class State:
-    """All that training changes."""
+    """All that training changes, and the teachers, which it only reads."""
 
     model: Model
     optimizers: list[torch.optim.Optimizer]
     average: AveragedModel | None  # the exponential moving average of the weights
     batches: BatchSource
+    teacher: Model | Ensemble | None = None
     step: int = 0  # optimizer steps done
     seconds: float = 0.0  # spent in them
     history: list[Point] = field(default_factory=list)
@@ -124,6 +135,8 @@ def train(
             write_splits(run.folder / "data", run.splits)
         for line in (*runtime.reasons, estimate(state, run, runtime)):
             say(line)
+        if run.teachers:
+            say(f"learning what {', '.join(map(str, run.teachers))} predict" + " together" * (len(run.teachers) > 1))
         with interrupts.deferred():  # so that no run is left open in the store
             tracker = open_tracker(tracking, _describe(run, runtime), state.run_id)
         state.run_id = tracker.run_id
@@ -154,12 +167,16 @@ def training_step(
     batches: BatchSource,
     config: TrainConfig,
     runtime: Runtime,
+    teacher: nn.Module | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One optimizer step over `gradient_accumulation_steps` batches: mean loss and gradient norm, both ()."""
+    """One optimizer step over `gradient_accumulation_steps` batches: mean loss and gradient norm, both ().
+
+    With a teacher the gradient is that of `distillation_loss`; the loss returned is still the one on the text.
+    """
     losses = []
     for _ in range(config.gradient_accumulation_steps):
         idx, targets = batches.next()
-        losses.append(_backward(model, idx, targets, config, runtime))
+        losses.append(_backward(model, idx, targets, config, runtime, teacher))
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     norm = nn.utils.get_total_norm(gradients)
     if config.grad_clip is not None:
@@ -171,13 +188,23 @@ def training_step(
 
 
 def _backward(
-    model: nn.Module, idx: torch.Tensor, targets: torch.Tensor, config: TrainConfig, runtime: Runtime
+    model: nn.Module,
+    idx: torch.Tensor,
+    targets: torch.Tensor,
+    config: TrainConfig,
+    runtime: Runtime,
+    teacher: nn.Module | None = None,
 ) -> torch.Tensor:
-    """Loss () of one batch, with its share of the gradient added to the parameters."""
+    """Loss () of one batch on the text, with the batch's share of the gradient added to the parameters."""
     idx, targets = (tensor.to(runtime.device, non_blocking=True) for tensor in (idx, targets))
     with runtime.autocast():
-        _, loss = model(idx, targets)
-    (loss / config.gradient_accumulation_steps).backward()
+        logits, loss = model(idx, targets)
+        objective = loss
+        if teacher is not None:
+            with torch.no_grad():
+                teacher_logits, _ = teacher(idx)
+            objective = distillation_loss(logits, teacher_logits)
+    (objective / config.gradient_accumulation_steps).backward()
     return loss.detach()  # type: ignore[no-any-return]
 
 
@@ -194,7 +221,7 @@ def _loop(state: State, run: Run, runtime: Runtime, tracker: Tracker, interrupts
         clock = _Clock(state)
         while not (_spent(state, config) or _patience_lost(state, config)):
             set_learning_rate(state.optimizers, _learning_rate_scale(state, config))
-            loss, norm = training_step(model, state.optimizers, state.batches, config, runtime)
+            loss, norm = training_step(model, state.optimizers, state.batches, config, runtime, state.teacher)
             if state.average is not None:
                 state.average.update_parameters(state.model)
             state.losses.append(loss)
@@ -342,7 +369,10 @@ def _new_state(run: Run, runtime: Runtime) -> State:
         average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))  # type: ignore[no-untyped-call]
     source = EpochBatches if config.sampling == "epoch" else RandomBatches
     batches = source(run.splits.train, config.batch_size, config.model.block_size, stream_seed(run.seed, "batches"))
-    return State(model, build_optimizers(model, config.optimizer), average, batches)
+    teacher = None
+    if run.teachers:
+        teacher = load_teachers(run.teachers, run.splits, config.model.block_size, runtime.device, config.kernels)
+    return State(model, build_optimizers(model, config.optimizer), average, batches, teacher)
 
 
 def _save(state: State, run: Run, runtime: Runtime, tracker: Tracker) -> None:
@@ -364,6 +394,7 @@ def _save(state: State, run: Run, runtime: Runtime, tracker: Tracker) -> None:
                 "step": state.step,
                 "corpus": run.corpus,
                 "batch_size": run.config.batch_size,
+                "data": run.splits.fingerprint,
             },
             state=_state_tensors(state),
             training={
@@ -486,7 +517,7 @@ def measure_speed(run: Run, seconds: float = 1.0) -> Speed:
         state.model.train()
 
         def step() -> None:
-            training_step(state.model, state.optimizers, state.batches, config, runtime)
+            training_step(state.model, state.optimizers, state.batches, config, runtime, state.teacher)
             runtime.synchronize()
 
         def score() -> None:
@@ -526,7 +557,7 @@ def _trial(state: State, run: Run, runtime: Runtime) -> tuple[int, float]:
             runtime.synchronize()
             start = time.perf_counter()
             with torch.autograd.graph.saved_tensors_hooks(measure, lambda tensor: tensor):
-                _backward(state.model, idx, targets, run.config, runtime)
+                _backward(state.model, idx, targets, run.config, runtime, state.teacher)
             runtime.synchronize()
             seconds = time.perf_counter() - start
     state.model.zero_grad(set_to_none=True)
@@ -588,7 +619,7 @@ def _describe(run: Run, runtime: Runtime) -> RunDescription:
     return RunDescription(
         variant=run.variant,
         seed=run.seed,
-        params=flatten(run.config) | {"seed": run.seed},
+        params=flatten(run.config) | {"seed": run.seed} | run.teacher_weights,
         tags={
             "corpus": run.corpus,
             "corpus_sha256": run.splits.text_sha256,

@@ -241,6 +241,29 @@ def test_several_runs_are_evaluated_and_sampled_together(chargpt: Chargpt, train
     assert (code, len(out)) == (0, 21)
 
 
+def test_runs_on_different_splits_are_scored_together_on_named_data_only(
+    chargpt: Chargpt, trained: Path, tmp_path: Path
+) -> None:
+    shutil.copy(trained / "my.txt", tmp_path / "my.txt")
+    assert chargpt("train", "my.txt", *TINY, "--val-fraction", "0.3")[0] == 0
+    for runs_in_order in ((trained / "runs/my", "runs/my"), ("runs/my", trained / "runs/my")):
+        code, out, err = chargpt("eval", *runs_in_order)
+        assert (code, out) == (2, "")
+        assert f"{runs_in_order[1]} was trained on another text, another split" in err
+    assert chargpt("eval", trained / "runs/my", "runs/my", "--data", "runs/my/data")[0] == 0
+
+
+def test_a_student_is_trained_and_says_from_whom_it_learns(chargpt: Chargpt, trained: Path, tmp_path: Path) -> None:
+    shutil.copy(trained / "my.txt", tmp_path / "my.txt")
+    teacher = trained / "runs/my"
+    code, _, err = chargpt("train", "my.txt", *TINY, "--out", "student", "--teacher", teacher)
+    assert code == 0
+    assert f"learning what {teacher} predict\n" in err
+    code, _, err = chargpt("train", "my.txt", *TINY, "--out", "other", "--teacher", teacher, "nothing")
+    assert code == 2
+    assert "nothing does not exist" in err
+
+
 def test_runs_of_different_symbols_do_not_predict_together(chargpt: Chargpt, trained: Path, tmp_path: Path) -> None:
     (tmp_path / "other.txt").write_text("other symbols " * 200, encoding="utf-8")
     assert chargpt("train", "other.txt", *TINY)[0] == 0
