@@ -40,6 +40,7 @@ What --set names stays as you set it.""",
   chargpt eval runs/my
   chargpt eval models/bigram-s1 --data data/splits --protocol full
   chargpt eval runs/my --text other.txt
+  chargpt eval runs/my --protocol dynamic
   chargpt eval models/modern-s1 models/modern-s2 models/modern-s3    the three together""",
     "info": """examples:
   chargpt info
@@ -125,7 +126,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     source.add_argument("--text", help="score this text instead, every token after its first")
     evaluate.add_argument(
-        "--protocol", choices=("full", "sliding", "nanogpt", "all"), default="all", help="how to score (default: all)"
+        "--protocol",
+        choices=("full", "sliding", "nanogpt", "all", "dynamic"),
+        default="all",
+        help="how to score (default: all of the first three); dynamic learns from each window after scoring it",
     )
     evaluate.add_argument("--encoding", default="utf-8", help="of --text")
     evaluate.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")

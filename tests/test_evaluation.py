@@ -15,7 +15,17 @@ from chargpt import evaluation
 from chargpt.config import BigramConfig, EvaluationConfig, TokenizerConfig, TransformerConfig
 from chargpt.data import Splits, Tokens, split_tokens
 from chargpt.errors import CorpusError
-from chargpt.evaluation import PROTOCOLS, evaluate, evaluating, full_loss, guess_losses, nanogpt_loss, sliding_loss
+from chargpt.evaluation import (
+    DYNAMIC_LEARNING_RATE,
+    PROTOCOLS,
+    dynamic_loss,
+    evaluate,
+    evaluating,
+    full_loss,
+    guess_losses,
+    nanogpt_loss,
+    sliding_loss,
+)
 from chargpt.models import Ensemble, Model, build_model
 from chargpt.tokenizers import build_tokenizer
 
@@ -176,7 +186,7 @@ def test_nanogpts_protocol_needs_one_window() -> None:
 # ------------------------------------------------------------------------------------------------- nothing else moves
 
 
-@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("protocol", [*PROTOCOLS, "dynamic"])
 @pytest.mark.parametrize("training", [True, False])
 def test_evaluating_is_repeatable_and_touches_neither_randomness_nor_mode(protocol: str, training: bool) -> None:
     model, tokens = model_of(TRANSFORMER).train(training), text(100)  # with dropout, which must be off
@@ -276,6 +286,41 @@ def test_a_guess_by_pairs_gives_all_characters_together_a_probability_of_one() -
             one = Splits(np.concatenate([train, tokenizer.encode(first)]), tokenizer.encode(second), tokenizer)
             total += math.exp(-list(guess_losses(one).values())[2])
         assert total == pytest.approx(1.0, abs=1e-9)
+
+
+# ------------------------------------------------------------------------------------------------------------- dynamic
+
+
+@pytest.mark.parametrize("n", [2, 7, 8, 13, 40])
+def test_dynamic_evaluation_scores_each_window_before_it_learns_from_it(n: int) -> None:
+    model, tokens = model_of(TRANSFORMER).eval(), text(n).astype(np.int64)
+    adapted, total = copy.deepcopy(model), 0.0
+    for start in range(0, n - 1, 6):
+        window = torch.from_numpy(tokens[start : start + 7])[None]
+        logits = adapted(window[:, :-1])[0]
+        losses = logits.logsumexp(-1) - logits.gather(-1, window[:, 1:, None])[..., 0]
+        total += losses.sum().item()
+        gradients = torch.autograd.grad(losses.mean(), list(adapted.parameters()))
+        with torch.no_grad():
+            for parameter, gradient in zip(adapted.parameters(), gradients, strict=True):
+                parameter -= DYNAMIC_LEARNING_RATE * gradient
+    assert dynamic_loss(model, tokens) == pytest.approx(total / (n - 1), rel=1e-5)
+
+
+def test_dynamic_evaluation_of_one_window_has_nothing_to_learn_from_yet() -> None:
+    model, tokens = model_of(TRANSFORMER), text(7)
+    assert dynamic_loss(model, tokens) == pytest.approx(full_loss(model, tokens), rel=1e-6)
+
+
+def test_dynamic_evaluation_profits_from_what_repeats() -> None:
+    model, tokens = build_model(TRANSFORMER, V, seed=0), np.tile(text(5), 400)
+    assert dynamic_loss(model, tokens) < full_loss(model, tokens) - 0.3
+
+
+def test_twins_learn_together_as_one_does_alone() -> None:
+    model, tokens = model_of(TRANSFORMER), text(60)
+    twins = Ensemble([model, copy.deepcopy(model)])
+    assert dynamic_loss(twins, tokens) == pytest.approx(dynamic_loss(model, tokens), rel=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------------------- ensemble
