@@ -151,7 +151,7 @@ def train_command(arguments: argparse.Namespace) -> None:
     from chargpt.runtime import resolve_device
     from chargpt.training import Run, require_unfinished, train
 
-    request = Request(arguments.preset, arguments.minutes, tuple(arguments.set))
+    request = Request(arguments.preset, arguments.minutes, tuple(arguments.set), len(arguments.teacher))
     # Mistakes in the command show here, before the text is read.
     start = load_train_config(arguments.config) if arguments.config else PRESETS[choose_preset(request, gpu=False)[0]]
     config = budgeted(start, request)

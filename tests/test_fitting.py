@@ -17,6 +17,7 @@ from chargpt.fitting import (
     LADDER,
     MOST_PASSES,
     MOST_VALIDATION,
+    TAUGHT_WEIGHT_DECAY,
     TUNED_ON,
     Fitted,
     Machine,
@@ -156,6 +157,26 @@ def test_a_short_text_is_read_fewer_times_with_more_dropout() -> None:
     assert [fitted.config.max_seconds for fitted in found[:3]] == [120, 120, 120]
     assert found[3].config.max_seconds == pytest.approx(MOST_PASSES * 45_000 / 50_000, abs=0.1)
     assert said(found[3], "max_seconds")
+
+
+@pytest.mark.parametrize("preset", ["modern", "cpu-best", "best"])
+@pytest.mark.parametrize("tokens", [50_000, 1_000_000])
+def test_a_student_has_little_decay_and_no_dropout_however_often_it_reads(preset: str, tokens: int) -> None:
+    taught = fit(Request(preset=preset, teachers=3), text_of(tokens), machine())
+    assert taught.config.optimizer.weight_decay == TAUGHT_WEIGHT_DECAY
+    assert transformer(taught).dropout == 0
+    assert taught.config.max_seconds == PRESETS[preset].max_seconds
+    assert len(said(taught, "weight_decay")) == 1
+
+
+def test_a_students_decay_and_dropout_that_are_set_by_hand_stay() -> None:
+    by_hand = ("optimizer.weight_decay=0.7", "model.dropout=0.4")
+    taught = fit(Request(preset="best", assignments=by_hand, teachers=1), MILLION, machine())
+    assert taught.config.optimizer.weight_decay == 0.7
+    assert transformer(taught).dropout == 0.4
+    assert not said(taught, "weight_decay")
+    less = fit(Request(preset="best", assignments=("optimizer.weight_decay=0.01",), teachers=1), MILLION, machine())
+    assert less.config.optimizer.weight_decay == 0.01
 
 
 def test_a_text_that_is_hardly_read_twice_gets_no_dropout() -> None:
