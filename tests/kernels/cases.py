@@ -45,9 +45,12 @@ class AttentionCase:
     options: dict[str, Any] = field(default_factory=dict)
 
     def cancelled(self, name: str) -> float:
-        """The size of the terms that cancel in the gradient called `name`: P is 1 where a query sees one key."""
+        """The size of the terms that cancel in the gradient called `name`: P is 1 where a query sees one key.
+
+        dP, of size √D, times k / √D: twice the size of k, since the largest of so few are more than one.
+        """
         one_key = max(self.T, self.S or 0) == 1 or self.options.get("window") == 1
-        return 1.0 if one_key and name in ("dQ", "dK") else 0.0
+        return 2.0 if one_key and name in ("dQ", "dK") else 0.0
 
     def inputs(
         self, dtype: torch.dtype = torch.float64, draw: int = 0, device: str = "cpu"
