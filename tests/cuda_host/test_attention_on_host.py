@@ -118,7 +118,7 @@ def assert_right(kernels: ctypes.CDLL, case: AttentionCase, dtype: torch.dtype, 
         grads = gradients(got, inputs), gradients(truth, exact), gradients((plain, plain_lse), inputs)
         found.append([*outputs, *zip(*grads, strict=True)])
     for name, triples in zip(("O", "lse", "dQ", "dK", "dV"), zip(*found, strict=True), strict=True):
-        assert_as_right_as_torch(name, list(triples), terms=case.terms(name))
+        assert_as_right_as_torch(name, list(triples))
 
 
 def large(case: AttentionCase) -> bool:
