@@ -174,7 +174,7 @@ def require_same_data(path: str | Path, fingerprint: str) -> None:
     if read_description(folder)["summary"].get("data") != fingerprint:
         raise CheckpointError(
             f"{path} was trained on another text, another split of it, or does not say on which: it may have seen the "
-            f"validation part, so no loss on that would be honest"
+            f"validation part. Take runs on this split, or let `chargpt eval` score what --data or --text names"
         )
 
 

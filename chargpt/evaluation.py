@@ -22,7 +22,7 @@ from chargpt.models import Ensemble, Model
 
 PROTOCOLS = ("full", "sliding", "nanogpt")  # of a model that stays as it is
 COUNTED_TOKENS = 5_000_000  # in pairs of characters: bounds time and memory
-DYNAMIC_LEARNING_RATE = 0.02  # the best of five for a GPT of 2.7 million parameters, on text that it had not seen
+DYNAMIC_LEARNING_RATE = 0.02  # the best of six for a GPT of 2.7 million parameters: EXPERIMENTS.md, section 7
 TOKENS_PER_PASS = 8_192  # in one forward pass of `full` and `sliding`: bounds the memory, changes nothing else
 
 

@@ -225,16 +225,16 @@ def _fit_passes(choices: _Choices, text: Text, speed: Speed, preset: TrainConfig
 
 def _fit_teachers(choices: _Choices) -> None:
     """Hardly any weight decay and no dropout: what teachers predict is not learned by heart as a text is."""
-    optimizer = choices.config.optimizer
-    if optimizer.weight_decay > TAUGHT_WEIGHT_DECAY:
+    reason = "what teachers predict is not learned by heart as a text is"
+    decay = choices.config.optimizer.weight_decay
+    if decay > TAUGHT_WEIGHT_DECAY:
         choices.set(
-            f"weight_decay {TAUGHT_WEIGHT_DECAY} in place of {optimizer.weight_decay}: what teachers predict is not "
-            f"learned by heart as a text is",
+            f"weight_decay {TAUGHT_WEIGHT_DECAY} in place of {decay}: {reason}",
             {"optimizer.weight_decay": TAUGHT_WEIGHT_DECAY},
         )
     model = choices.config.model
     if isinstance(model, TransformerConfig) and model.dropout > 0:
-        choices.set(f"no dropout in place of {model.dropout}: for the same reason", {"model.dropout": 0.0})
+        choices.set(f"dropout 0.0 in place of {model.dropout}: {reason}", {"model.dropout": 0.0})
 
 
 def _seconds(config: TrainConfig, speed: Speed) -> float:

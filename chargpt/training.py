@@ -82,8 +82,8 @@ class Run:
     @cached_property
     def teacher_weights(self) -> dict[str, str]:
         """The SHA-256 of each teacher's weights, as plain data; read once, since teachers may move while it trains."""
-        digests = [checkpoint.read_description(checkpoint.find_checkpoint(path)) for path in self.teachers]
-        return {f"teacher {n}": content["files"][checkpoint.WEIGHTS] for n, content in enumerate(digests, start=1)}
+        contents = [checkpoint.read_description(checkpoint.find_checkpoint(path)) for path in self.teachers]
+        return {f"teacher {n}": content["files"][checkpoint.WEIGHTS] for n, content in enumerate(contents, start=1)}
 
 
 @dataclass

@@ -80,13 +80,26 @@ def splits_of(text: str) -> Splits:
     return split_tokens(tokenizer.encode(text), tokenizer, 0.1)
 
 
-def make_run(folder: Path, config: TrainConfig = BIGRAM, text: str | None = None, seed: int = 1) -> Run:
-    return Run("tiny", seed, config, splits_of(words() if text is None else text), "words", folder)
+def make_run(
+    folder: Path,
+    config: TrainConfig = BIGRAM,
+    text: str | None = None,
+    seed: int = 1,
+    teachers: tuple[Path, ...] = (),
+) -> Run:
+    return Run("tiny", seed, config, splits_of(words() if text is None else text), "words", folder, teachers)
 
 
-def train(folder: Path, config: TrainConfig = BIGRAM, text: str | None = None, seed: int = 1) -> dict[str, Any]:
+def train(
+    folder: Path,
+    config: TrainConfig = BIGRAM,
+    text: str | None = None,
+    seed: int = 1,
+    teachers: tuple[Path, ...] = (),
+) -> dict[str, Any]:
     with one_thread():
-        return training.train(make_run(folder, config, text, seed), EVALUATION, TrackingConfig(enabled=False))
+        run = make_run(folder, config, text, seed, teachers)
+        return training.train(run, EVALUATION, TrackingConfig(enabled=False))
 
 
 @contextlib.contextmanager
@@ -239,3 +252,15 @@ def _child(folder: Path, config: TrainConfig, kill_at: int | None) -> None:
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     with Moments(folder, at):
         train(folder, config)
+
+
+def signals_at(folder: Path, at: dict[int, list[int]]) -> Moments:
+    """Sends signals to this process as the numbered training steps begin."""
+    steps = iter(range(1, 10_000))
+
+    def moment(number: int, what: str) -> None:
+        if what == "step":
+            for signal_number in at.get(next(steps), []):
+                os.kill(os.getpid(), signal_number)
+
+    return Moments(folder, moment)

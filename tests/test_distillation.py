@@ -3,15 +3,14 @@
 import re
 import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
-import runs
 import torch
 
+import runs
 from chargpt import training
 from chargpt.checkpoint import load_ensemble, load_model, read_description
-from chargpt.config import TrackingConfig, TrainConfig, override
+from chargpt.config import override
 from chargpt.distillation import distillation_loss, load_teachers
 from chargpt.errors import CheckpointError, RunInterruptedError
 from chargpt.evaluation import full_loss
@@ -26,16 +25,6 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     runs.train(folder / "1", TEACHER)
     runs.train(folder / "2", override(runs.TRANSFORMER, ["max_steps=60"]), seed=2)
     return folder / "1", folder / "2"
-
-
-def taught(folder: Path, config: TrainConfig, teachers: tuple[Path, ...]) -> training.Run:
-    run = runs.make_run(folder, config)
-    return training.Run(run.variant, run.seed, config, run.splits, run.corpus, folder, teachers)
-
-
-def train(folder: Path, config: TrainConfig, teachers: tuple[Path, ...]) -> dict[str, Any]:
-    with runs.one_thread():
-        return training.train(taught(folder, config, teachers), runs.EVALUATION, TrackingConfig(enabled=False))
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 1, 65), (3, 7, 2), (2, 5, 65), (2, 3, 1000)])
@@ -67,7 +56,7 @@ def test_a_step_follows_the_teachers_and_reports_the_loss_on_the_text(
     accumulated: int, teachers: tuple[Path, Path], tmp_path: Path
 ) -> None:
     config = override(runs.TRANSFORMER, ["model.dropout=0.0", f"gradient_accumulation_steps={accumulated}"])
-    run = taught(tmp_path, config, teachers)
+    run = runs.make_run(tmp_path, config, teachers=teachers)
     state = training._new_state(run, resolve_runtime(config))
     teacher, _ = load_ensemble(teachers)
     objectives, losses = [], []
@@ -92,7 +81,7 @@ def test_a_student_learns_what_the_teacher_predicts_not_the_text(tmp_path: Path)
     """The teacher has learned nothing, and its student must come to the same loss, where training would go below."""
     runs.train(tmp_path / "teacher", override(runs.BIGRAM, ["max_steps=1", "optimizer.learning_rate=1e-9"]))
     config = override(TEACHER, ["max_steps=300"])
-    train(tmp_path / "student", config, (tmp_path / "teacher",))
+    runs.train(tmp_path / "student", config, teachers=(tmp_path / "teacher",))
     runs.train(tmp_path / "untaught", config)
     val = runs.make_run(tmp_path).splits.val_with_context
     losses = {
@@ -104,33 +93,23 @@ def test_a_student_learns_what_the_teacher_predicts_not_the_text(tmp_path: Path)
 
 
 def test_a_student_that_was_stopped_ends_with_the_same_bits(teachers: tuple[Path, Path], tmp_path: Path) -> None:
-    train(tmp_path / "whole", runs.TRANSFORMER, teachers)
+    runs.train(tmp_path / "whole", runs.TRANSFORMER, teachers=teachers)
     runs.train(tmp_path / "untaught", runs.TRANSFORMER)
     folder = tmp_path / "run"
-    with signals_at(folder, 9), pytest.raises(RunInterruptedError):
-        train(folder, runs.TRANSFORMER, teachers)
+    with runs.signals_at(folder, {9: [signal.SIGINT]}), pytest.raises(RunInterruptedError):
+        runs.train(folder, runs.TRANSFORMER, teachers=teachers)
     with pytest.raises(CheckpointError, match=r"teacher 2: [0-9a-f]{64} → \(not set\)"):
-        train(folder, runs.TRANSFORMER, teachers[:1])
-    train(folder, runs.TRANSFORMER, teachers)
+        runs.train(folder, runs.TRANSFORMER, teachers=teachers[:1])
+    runs.train(folder, runs.TRANSFORMER, teachers=teachers)
     assert runs.result(folder) == runs.result(tmp_path / "whole")
     assert runs.result(folder) != runs.result(tmp_path / "untaught")
-
-
-def signals_at(folder: Path, step: int) -> runs.Moments:
-    steps = iter(range(1, 10_000))
-
-    def moment(number: int, what: str) -> None:
-        if what == "step" and next(steps) == step:
-            signal.raise_signal(signal.SIGINT)
-
-    return runs.Moments(folder, moment)
 
 
 def test_teachers_that_may_have_seen_the_validation_part_are_refused(tmp_path: Path) -> None:
     text = runs.words()
     runs.train(tmp_path / "longer", TEACHER, text=text + runs.words(500, seed=3))  # its training part reaches further
     with pytest.raises(CheckpointError, match="longer was trained on another text, another split"):
-        train(tmp_path / "student", runs.BIGRAM, (tmp_path / "longer",))
+        runs.train(tmp_path / "student", runs.BIGRAM, teachers=(tmp_path / "longer",))
     assert not (tmp_path / "student" / "last").exists()
 
 

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import runs
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
+import runs
 from chargpt import training
 from chargpt.checkpoint import load_model, load_state
 from chargpt.config import TrackingConfig, TrainConfig, override
@@ -39,18 +39,6 @@ def tracker(monkeypatch: pytest.MonkeyPatch) -> runs.FakeTracker:
     fake = runs.FakeTracker()
     monkeypatch.setattr(training, "open_tracker", lambda config, run, run_id: fake)
     return fake
-
-
-def signals_at(folder: Path, at: dict[int, list[int]]) -> runs.Moments:
-    """Sends signals to this process as the numbered training steps begin."""
-    steps = iter(range(1, 10_000))
-
-    def moment(number: int, what: str) -> None:
-        if what == "step":
-            for signal_number in at.get(next(steps), []):
-                os.kill(os.getpid(), signal_number)
-
-    return runs.Moments(folder, moment)
 
 
 # --------------------------------------------------------------------------------------- evaluation changes no training
@@ -126,7 +114,7 @@ def _try_to_train(folder: Path, reply: Any) -> None:
 
 
 def interrupted(folder: Path, config: TrainConfig = runs.BIGRAM) -> None:
-    with signals_at(folder, {9: [signal.SIGINT]}), pytest.raises(RunInterruptedError):
+    with runs.signals_at(folder, {9: [signal.SIGINT]}), pytest.raises(RunInterruptedError):
         runs.train(folder, config)
 
 
@@ -278,7 +266,7 @@ def test_a_signal_saves_tells_the_tracker_and_the_run_goes_on_bitwise(
     folder = tmp_path / "run"
     # step 3 is before the first point of the curve, step 13 between a checkpoint and the next point
     for step, count in ((3, 3), (13, 10)):
-        with signals_at(folder, {count: [getattr(signal, name)]}), pytest.raises(RunInterruptedError) as stop:
+        with runs.signals_at(folder, {count: [getattr(signal, name)]}), pytest.raises(RunInterruptedError) as stop:
             runs.train(folder, config)
         assert f"stopped at step {step} by {'Ctrl-C' if name == 'SIGINT' else name};" in str(stop.value)
         assert load_state(folder / "last")[2]["step"] == step
@@ -415,7 +403,7 @@ def test_signal_handlers_are_put_back(tmp_path: Path) -> None:
 
 def test_a_second_signal_stops_at_once_and_the_run_goes_on(tmp_path: Path, tracker: runs.FakeTracker) -> None:
     folder = tmp_path / "run"
-    with signals_at(folder, {9: [signal.SIGINT, signal.SIGINT]}), pytest.raises(KeyboardInterrupt):
+    with runs.signals_at(folder, {9: [signal.SIGINT, signal.SIGINT]}), pytest.raises(KeyboardInterrupt):
         runs.train(folder)
     assert load_state(folder / "last")[2]["step"] == 6  # the checkpoint before it
     assert tracker.finished == ["KILLED"]
@@ -426,7 +414,7 @@ def test_a_second_signal_stops_at_once_and_the_run_goes_on(tmp_path: Path, track
 
 def test_a_signal_in_the_last_step_stops_before_the_final_evaluation(tmp_path: Path, tracker: runs.FakeTracker) -> None:
     folder = tmp_path / "run"
-    with signals_at(folder, {20: [signal.SIGTERM]}), pytest.raises(RunInterruptedError, match="step 20"):
+    with runs.signals_at(folder, {20: [signal.SIGTERM]}), pytest.raises(RunInterruptedError, match="step 20"):
         runs.train(folder)
     assert tracker.finished == ["KILLED"]
     runs.train(folder)
@@ -667,7 +655,7 @@ def test_the_tracker_gets_the_whole_curve_in_order_and_a_model_without_training_
 def test_metrics_and_curve_are_plausible_over_several_resumes(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     for step in (1, 2, 8):
-        with signals_at(folder, {step: [signal.SIGINT]}), pytest.raises(RunInterruptedError):
+        with runs.signals_at(folder, {step: [signal.SIGINT]}), pytest.raises(RunInterruptedError):
             runs.train(folder)
     metrics = runs.train(folder)
     assert metrics == json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
@@ -693,7 +681,7 @@ def test_metrics_and_curve_are_plausible_over_several_resumes(tmp_path: Path) ->
 def test_a_budget_in_seconds_ends_and_goes_on_where_it_was(tmp_path: Path) -> None:
     config = override(runs.BIGRAM, ["max_steps=null", "max_seconds=0.2", "eval_interval=1000"])
     folder = tmp_path / "run"
-    with signals_at(folder, {5: [signal.SIGINT]}), pytest.raises(RunInterruptedError):
+    with runs.signals_at(folder, {5: [signal.SIGINT]}), pytest.raises(RunInterruptedError):
         runs.train(folder, config)
     before = load_state(folder / "last")[2]["seconds"]
     metrics = runs.train(folder, config)

@@ -25,8 +25,8 @@ COMMON += ["-fno-strict-aliasing"]
 WATCHED = ["-O1", "-g", "-fno-omit-frame-pointer", "-fno-builtin", "-fno-sanitize-recover=all"]
 # kind: flags of the kernels and their test; flags of host.cpp, which is never instrumented; flags of the linker
 KINDS = {
-    # A CUDA thread is scalar: vectorised, loops that load by 16 bytes and by elements were rounded differently. And tuned
-    # for Zen, g++ splits chains of fused multiply-adds, so that equal sums in two kernels were rounded differently.
+    # A CUDA thread is scalar: vectorised, loops that load by 16 bytes and by elements were rounded differently. Tuned
+    # for Zen, g++ avoids some fused multiply-adds, and sums that are equal by design were rounded differently.
     "library": (
         ["-O2", "-march=native", "-mtune=generic", "-fno-tree-vectorize"],
         ["-O2", "-march=native"],
