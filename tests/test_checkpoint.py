@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import runs
 import torch
 from safetensors.torch import load_file, save_file
 
+import runs
 from chargpt import checkpoint, training
 from chargpt.checkpoint import export_checkpoint, find_checkpoint, load_model, load_state, save_checkpoint
 from chargpt.config import SampleConfig, TokenizerConfig, override

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import runs
 import yaml
 
+import runs
 from chargpt import __version__, cli, training
 from chargpt.config import TokenizerConfig
 from chargpt.data import split_tokens, write_splits

@@ -4,8 +4,8 @@ import random
 from pathlib import Path
 
 import pytest
-import runs
 
+import runs
 from chargpt.checkpoint import load_model, load_state
 from chargpt.config import override
 

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import runs
 import torch
 
 import chargpt.runtime as runtime_module
+import runs
 from chargpt.config import TrainConfig, override
 from chargpt.errors import ConfigError
 from chargpt.info import as_text, collect

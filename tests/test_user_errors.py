@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import runs
-from test_cli import TINY, Chargpt, chargpt, interrupt, one_error, start, trained
 
+import runs
 from chargpt import training
 from chargpt.errors import ChargptError, user_errors
 from chargpt.fitting import Speed
+from test_cli import TINY, Chargpt, chargpt, interrupt, one_error, start, trained
 
 __all__ = ["chargpt", "trained"]  # fixtures
 

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from kernels.cases import ATTENTION_CASES, DRAWS, AttentionCase, assert_as_right_as_torch, torch_attention
 from kernels.test_attention import drawn_seed, gradients, keep_mask
-from torch import Tensor
 
 from .build import library, run_watched
 

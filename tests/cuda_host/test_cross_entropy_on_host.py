@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from kernels.cases import (
     CROSS_ENTROPY_CASES,
     CrossEntropyCase,
@@ -12,7 +14,6 @@ from kernels.cases import (
     naive_cross_entropy,
     torch_cross_entropy,
 )
-from torch import Tensor
 
 from .build import library
 

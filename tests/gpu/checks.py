@@ -15,6 +15,10 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from chargpt.kernels import causal_attention, softmax_cross_entropy
+from chargpt.kernels.philox import dropout_keep_mask
 from kernels.cases import (
     ATTENTION_CASES,
     CROSS_ENTROPY_CASES,
@@ -26,10 +30,6 @@ from kernels.cases import (
     torch_attention,
     torch_cross_entropy,
 )
-from torch import Tensor
-
-from chargpt.kernels import causal_attention, softmax_cross_entropy
-from chargpt.kernels.philox import dropout_keep_mask
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SEED = 2024

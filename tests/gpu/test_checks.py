@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from kernels.cases import ATTENTION_CASES, CROSS_ENTROPY_CASES
 from torch import Tensor
 
 from chargpt.kernels import reference, registry
+from kernels.cases import ATTENTION_CASES, CROSS_ENTROPY_CASES
 
 from . import checks
 from .checks import all_checks, attention_problems, cross_entropy_problems, mask_problems
