@@ -91,7 +91,8 @@ def build_parser() -> argparse.ArgumentParser:
         action="extend",
         default=[],
         metavar="RUN",
-        help="learn what these runs on the same text predict together (distillation), in place of the text itself",
+        help="learn what these runs on the same text predict together (distillation), in place of the text itself; after "
+        "the text on the command line",
     )
     train.add_argument("--seed", type=int, default=1, help="of weights, batches and dropout (default: 1)")
     train.add_argument("--val-fraction", type=float, help="last part of the text to validate on (default: a tenth)")
