@@ -77,9 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--out", type=Path, help="the run's folder (default: runs/<name of the text>)")
     train.add_argument("--minutes", type=float, metavar="N", help="time to train; it also chooses the preset")
     base = train.add_mutually_exclusive_group()
-    base.add_argument(
-        "--preset", metavar="NAME", help="nanogpt-cpu, modern, cpu-best or best (default: by the minutes)"
-    )
+    base.add_argument("--preset", metavar="NAME", help="nanogpt-cpu, modern or cpu-best (default: by the minutes)")
     base.add_argument("--config", type=Path, help="YAML with the fields of one variant of params.yaml, taken as it is")
     train.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change one knob, as in model.n_layer=6; repeat"
@@ -91,8 +89,8 @@ def build_parser() -> argparse.ArgumentParser:
         action="extend",
         default=[],
         metavar="RUN",
-        help="learn what these runs on the same text predict together (distillation), in place of the text itself; after "
-        "the text on the command line",
+        help="learn what these runs on the same text predict together (distillation), in place of the text itself; "
+        "after the text on the command line",
     )
     train.add_argument("--seed", type=int, default=1, help="of weights, batches and dropout (default: 1)")
     train.add_argument("--val-fraction", type=float, help="last part of the text to validate on (default: a tenth)")

@@ -16,11 +16,9 @@ from chargpt.evaluation import TOKENS_PER_PASS
 from chargpt.models.transformer import BIGRAM_ROWS
 from chargpt.presets import PRESETS
 
-# The longest time for which a preset is taken on a CPU; a GPU takes the next one.
-LADDER = (("modern", 3 * 60.0), ("cpu-best", 20 * 60.0), ("best", float("inf")))
+MODERN_MINUTES = 3  # on a CPU; for more, and on a GPU, it is cpu-best
 # Passes over the text up to which a dropout is enough, and the dropout.
 DROPOUT = ((6, 0.0), (10, 0.1), (25, 0.2), (math.inf, 0.3))
-RARE_PASSES = 2  # fewer cannot overfit, and need none
 TUNED_ON = 1_003_854  # tokens of training text on which the presets were tuned, each for its own time
 TAUGHT_WEIGHT_DECAY = 0.05  # of a student: with 0.2 it was as good, with 0.5 slower and a little worse
 MOST_PASSES = 40  # the loss of 30,000 characters was lowest after 22 to 27 passes with a dropout of 0.3
@@ -132,9 +130,8 @@ def choose_preset(request: Request, gpu: bool) -> tuple[str, str]:
             raise ConfigError(f"no preset is called {request.preset!r}{nearest(request.preset, PRESETS)}")
         return request.preset, f"preset {request.preset}: asked for"
     if request.minutes is None:
-        return LADDER[0][0], f"preset {LADDER[0][0]}: the default; --minutes N chooses by the time there is"
-    place = next(i for i, (_, longest) in enumerate(LADDER) if request.minutes * 60 <= longest)
-    name = LADDER[min(place + gpu, len(LADDER) - 1)][0]
+        return "modern", "preset modern: the default; --minutes N chooses by the time there is"
+    name = "cpu-best" if gpu or request.minutes > MODERN_MINUTES else "modern"
     return name, f"preset {name}: the usual one for {request.minutes:g} min on a {'GPU' if gpu else 'CPU'}"
 
 
@@ -212,10 +209,8 @@ def _fit_passes(choices: _Choices, text: Text, speed: Speed, preset: TrainConfig
         )
         passes = _seconds(choices.config, speed) * speed.training / text.train_tokens
     model = choices.config.model
-    if isinstance(model, TransformerConfig):
+    if isinstance(model, TransformerConfig) and not tuned:
         dropout = next(dropout for most, dropout in DROPOUT if passes <= most)
-        if passes >= RARE_PASSES:
-            dropout = model.dropout if tuned else max(dropout, model.dropout)
         if dropout != model.dropout:
             choices.set(
                 f"dropout {dropout} in place of {model.dropout}: the run reads the text about {passes:.1f} times",
@@ -224,17 +219,14 @@ def _fit_passes(choices: _Choices, text: Text, speed: Speed, preset: TrainConfig
 
 
 def _fit_teachers(choices: _Choices) -> None:
-    """Hardly any weight decay and no dropout: what teachers predict is not learned by heart as a text is."""
-    reason = "what teachers predict is not learned by heart as a text is"
+    """Hardly any weight decay, and no dropout: what teachers predict is not learned by heart as a text is."""
     decay = choices.config.optimizer.weight_decay
     if decay > TAUGHT_WEIGHT_DECAY:
         choices.set(
-            f"weight_decay {TAUGHT_WEIGHT_DECAY} in place of {decay}: {reason}",
+            f"weight_decay {TAUGHT_WEIGHT_DECAY} in place of {decay}: what teachers predict is not learned by heart as "
+            f"a text is",
             {"optimizer.weight_decay": TAUGHT_WEIGHT_DECAY},
         )
-    model = choices.config.model
-    if isinstance(model, TransformerConfig) and model.dropout > 0:
-        choices.set(f"dropout 0.0 in place of {model.dropout}: {reason}", {"model.dropout": 0.0})
 
 
 def _seconds(config: TrainConfig, speed: Speed) -> float:

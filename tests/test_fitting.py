@@ -14,7 +14,6 @@ from chargpt.fitting import (
     EVALUATION_SHARE,
     EVALUATIONS,
     FEWEST_SCORED,
-    LADDER,
     MOST_PASSES,
     MOST_VALIDATION,
     TAUGHT_WEIGHT_DECAY,
@@ -68,17 +67,12 @@ def said(fitted: Fitted, knob: str) -> list[str]:
         (0.5, False, "modern"),
         (3, False, "modern"),
         (3.1, False, "cpu-best"),
-        (20, False, "cpu-best"),
-        (21, False, "best"),
-        (600, False, "best"),
+        (600, False, "cpu-best"),
         (3, True, "cpu-best"),
-        (4, True, "best"),
-        (60, True, "best"),
+        (60, True, "cpu-best"),
     ],
 )
-def test_the_time_chooses_the_preset_and_a_gpu_takes_the_next_larger(
-    minutes: float | None, gpu: bool, name: str
-) -> None:
+def test_the_time_chooses_the_preset_and_a_gpu_takes_the_larger(minutes: float | None, gpu: bool, name: str) -> None:
     fitted = fit(Request(minutes=minutes), text_of(100_000_000), machine(gpu=gpu))
     assert fitted.name == name
     assert transformer(fitted).n_embd == PRESETS[name].model.n_embd  # type: ignore[union-attr]
@@ -86,17 +80,11 @@ def test_the_time_chooses_the_preset_and_a_gpu_takes_the_next_larger(
     assert fitted.config.max_seconds == (PRESETS[name].max_seconds if minutes is None else minutes * 60)
 
 
-def test_every_preset_of_the_ladder_exists() -> None:
-    assert {name for name, _ in LADDER} <= PRESETS.keys()
-
-
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_stays_as_tuned_on_a_text_and_time_like_those_it_was_tuned_for(name: str) -> None:
     fitted = fit(Request(preset=name), MILLION, machine(training=100_000))
     free = ["eval_interval=1", "eval_tokens=null", "patience=null"]
     tuned = override(PRESETS[name], free)
-    if name == "nanogpt-cpu":  # its steps read the text once and a half
-        tuned = override(tuned, ["model.dropout=0.0"])
     assert override(fitted.config, free) == tuned
     assert {reason.split()[0] for reason in fitted.reasons} <= {"preset", "eval_interval", "eval_tokens", "patience"}
 
@@ -159,7 +147,7 @@ def test_a_short_text_is_read_fewer_times_with_more_dropout() -> None:
     assert said(found[3], "max_seconds")
 
 
-@pytest.mark.parametrize("preset", ["modern", "cpu-best", "best"])
+@pytest.mark.parametrize("preset", ["modern", "cpu-best"])
 @pytest.mark.parametrize("tokens", [50_000, 1_000_000])
 def test_a_student_has_little_decay_and_no_dropout_however_often_it_reads(preset: str, tokens: int) -> None:
     taught = fit(Request(preset=preset, teachers=3), text_of(tokens), machine())
@@ -171,20 +159,12 @@ def test_a_student_has_little_decay_and_no_dropout_however_often_it_reads(preset
 
 def test_a_students_decay_and_dropout_that_are_set_by_hand_stay() -> None:
     by_hand = ("optimizer.weight_decay=0.7", "model.dropout=0.4")
-    taught = fit(Request(preset="best", assignments=by_hand, teachers=1), MILLION, machine())
+    taught = fit(Request(preset="cpu-best", assignments=by_hand, teachers=1), MILLION, machine())
     assert taught.config.optimizer.weight_decay == 0.7
     assert transformer(taught).dropout == 0.4
     assert not said(taught, "weight_decay")
-    less = fit(Request(preset="best", assignments=("optimizer.weight_decay=0.01",), teachers=1), MILLION, machine())
+    less = fit(Request(preset="cpu-best", assignments=("optimizer.weight_decay=0.01",), teachers=1), MILLION, machine())
     assert less.config.optimizer.weight_decay == 0.01
-
-
-def test_a_text_that_is_hardly_read_twice_gets_no_dropout() -> None:
-    config = PRESETS["best"]
-    fitted = fit(Request(preset="best"), text_of(100_000_000), machine(training=1000))
-    assert isinstance(config.model, TransformerConfig)
-    assert config.model.dropout > 0  # else this proves nothing
-    assert transformer(fitted).dropout == 0
 
 
 def test_a_faster_machine_reads_more_often_and_so_drops_out_more() -> None:
@@ -267,22 +247,22 @@ def test_the_parameters_of_other_models_are_counted_too() -> None:
 
 
 def test_less_memory_halves_the_batch_and_keeps_the_tokens_of_a_step() -> None:
-    config = PRESETS["best"]
+    config = PRESETS["cpu-best"]
     memory = required_memory(config, 65) * 2 // 3
-    fitted = fit(Request(preset="best"), MILLION, machine(memory=memory))
+    fitted = fit(Request(preset="cpu-best"), MILLION, machine(memory=memory))
     assert fitted.config.batch_size < config.batch_size
     assert fitted.config.tokens_per_step == config.tokens_per_step
     assert required_memory(fitted.config, 65) <= memory
     assert said(fitted, "batch_size")
     with pytest.raises(TrainingError, match=r"about [\d,]+ MiB of memory, and 1 MiB are free; lower batch_size"):
-        fit(Request(preset="best"), MILLION, machine(memory=2**20))
+        fit(Request(preset="cpu-best"), MILLION, machine(memory=2**20))
     with pytest.raises(TrainingError, match="lower batch_size"):  # not where the user chose the batch
-        fit(Request(preset="best", assignments=("batch_size=32",)), MILLION, machine(memory=memory))
+        fit(Request(preset="cpu-best", assignments=("batch_size=32",)), MILLION, machine(memory=memory))
 
 
 def test_a_large_vocabulary_needs_no_unbounded_memory() -> None:
     """Chinese has some thousand characters: the logits and the table of pairs are what grows."""
-    for name in ("modern", "cpu-best", "best"):
+    for name in ("modern", "cpu-best"):
         required = required_memory(PRESETS[name], 4_000)
         assert required < 3 * 2**30
         assert required > TOKENS_PER_PASS * 4_000 * 4  # the logits of an evaluation
@@ -291,7 +271,7 @@ def test_a_large_vocabulary_needs_no_unbounded_memory() -> None:
 
 
 def test_memory_that_is_not_known_refuses_nothing() -> None:
-    require_memory(PRESETS["best"], 10**6, None)
+    require_memory(PRESETS["cpu-best"], 10**6, None)
 
 
 def test_the_speed_is_measured_for_the_model_that_will_run() -> None:
