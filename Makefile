@@ -9,10 +9,10 @@ export DO_NOT_TRACK := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro ablation plots test lint bench gpu sanitize cuda-build ui clean
+.PHONY: help setup repro ablation plots test test-long lint bench gpu gpu-rehearsal sanitize cuda-build ui clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(READY)  ## make .venv with the pinned packages and chargpt itself
 
@@ -41,6 +41,9 @@ plots: $(READY)  ## draw the curves with DVC, as a page that needs no network
 test: $(READY)  ## run the tests
 	$(BIN)/python -m pytest
 
+test-long: $(READY)  ## run the tests that take minutes
+	$(BIN)/python -m pytest -m slow
+
 lint: $(READY)  ## check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -53,8 +56,22 @@ bench: $(READY)  ## time the kernels and a training step against torch's
 	$(BIN)/python -m benchmarks.training_step --compile
 
 # With the Python that is there, because it has the torch that fits the GPU: .venv's where there is one, else $(PYTHON).
+# For a first look: make gpu STEPS=smoke,shapes,step SECONDS=180
 gpu:  ## prove and measure the GPU kernels, in ten minutes; DRY=1 walks through all of it on the CPU
-	$(PYTHON) -m benchmarks.gpu $(if $(filter-out 0,$(DRY)),--dry)
+	$(PYTHON) -m benchmarks.gpu $(if $(filter-out 0,$(DRY)),--dry) $(if $(STEPS),--steps $(STEPS)) \
+		$(if $(SECONDS),--seconds $(SECONDS)) $(if $(PREBUILT),--prebuilt $(PREBUILT))
+
+# Python and packages as on the machines that have the GPU. Makes build/gpu-modules, which they can take along.
+GPU_ENV := build/gpu-venv
+PYTHON312 ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python3) python3.12)
+gpu-rehearsal: $(GPU_ENV)/.ready $(READY)  ## rehearse `make gpu` with a GPU machine's versions, carried modules included
+	test -e data/raw/corpus.txt || $(BIN)/python -m pipelines.download
+	$(GPU_ENV)/bin/python -m benchmarks.gpu.rehearse
+
+$(GPU_ENV)/.ready: benchmarks/gpu/requirements.txt
+	$(PYTHON312) -m venv $(GPU_ENV)
+	$(GPU_ENV)/bin/python -m pip install --quiet --disable-pip-version-check -r benchmarks/gpu/requirements.txt
+	@touch $@
 
 # Each kernel with its test, without torch or Python, on every code path that this CPU has.
 SANITIZED := attention cross_entropy block

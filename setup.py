@@ -1,8 +1,8 @@
 """Build the native modules where that is possible; pyproject.toml holds everything else.
 
 There are two: `chargpt._native` with the C++ kernels, and `chargpt._native_cuda` with the CUDA kernels where torch is a
-build with CUDA and nvcc is here; no GPU is needed for that. An install never fails because of them, and the second may
-fail without harm to the first. What happened is recorded in `chargpt/_native.json`, which `chargpt info` shows and
+build with CUDA and nvcc is here; no GPU is needed for that. An install never fails because of them, and neither's
+failure harms the other. What happened is recorded in `chargpt/_native.json`, which `chargpt info` shows and
 `chargpt/kernels/native.py` checks before it loads a module, because pip hides the output of a build.
 """
 
@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -42,38 +43,41 @@ class BuildNative(build_ext):
     """Compile the native modules with torch.utils.cpp_extension, or record why not."""
 
     def run(self) -> None:
-        record: dict[str, str | None] = {"python": platform.python_version(), "torch": None, "problem": None}
-        record |= {"cuda": None, "cuda_problem": None}
         package = Path("chargpt") if self.inplace else Path(self.build_lib, "chargpt")
         package.mkdir(parents=True, exist_ok=True)
+        record: dict[str, str | None] = {"python": platform.python_version(), "torch": None, "cuda": None}
         try:
-            record["torch"] = self.compile_cpp()
-            record["cuda"] = self.compile_cuda()
+            record["torch"] = require_torch()
         except NotBuiltError as problem:
-            what, key, stale = ("native module was", "problem", "_native*.so")
-            if record["torch"]:
-                what, key, stale = ("CUDA kernels were", "cuda_problem", "_native_cuda.*.so")
-            record[key] = str(problem)
-            for module in package.glob(stale):
-                module.unlink()
-            print(f"chargpt: the {what} not built: {problem}", file=sys.stderr)
+            record["problem"] = record["cuda_problem"] = self.give_up("native modules were", problem, package)
+        else:
+            _, record["problem"] = self.attempt("native module was", self.compile_cpp, package, "_native.*.so")
+            record["cuda"], record["cuda_problem"] = self.attempt(
+                "CUDA kernels were", self.compile_cuda, package, "_native_cuda.*.so"
+            )
         (package / "_native.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
 
-    def compile_cpp(self) -> str:
-        """Compile the C++ kernels against the torch of this environment and return its version."""
-        if os.environ.get("CHARGPT_NO_NATIVE", "0") not in ("", "0"):
-            raise NotBuiltError("CHARGPT_NO_NATIVE was set during the install; install again without it")
-        if not Path(sysconfig.get_path("include"), "Python.h").exists():
-            raise NotBuiltError("Python.h is missing; get Python's headers (Debian: python3-dev) and install again")
-        require_compiler()
+    def attempt(
+        self, what: str, compile_it: Callable[[], str | None], package: Path, modules: str
+    ) -> tuple[str | None, str | None]:
+        """What `compile_it` returns, or why it failed."""
         try:
-            import torch
-            from torch.utils.cpp_extension import CppExtension
-        except (ImportError, OSError) as error:
-            raise NotBuiltError(
-                f"torch cannot be imported while building ({error}); install torch first, "
-                "or install without --no-build-isolation"
-            ) from None
+            return compile_it(), None
+        except NotBuiltError as problem:
+            return None, self.give_up(what, problem, package, modules)
+
+    def give_up(self, what: str, problem: NotBuiltError, package: Path, modules: str = "_native*.so") -> str:
+        """Say so, and remove what an earlier build left."""
+        for module in package.glob(modules):
+            module.unlink()
+        print(f"chargpt: the {what} not built: {problem}", file=sys.stderr)
+        return str(problem)
+
+    def compile_cpp(self) -> None:
+        """Compile the C++ kernels against the torch of this environment."""
+        import torch
+        from torch.utils.cpp_extension import CppExtension
+
         self.compile(
             CppExtension(
                 "chargpt._native",
@@ -83,7 +87,6 @@ class BuildNative(build_ext):
                 extra_link_args=LINK_ARGS,
             )
         )
-        return str(torch.__version__)
 
     def compile_cuda(self) -> str:
         """Compile the CUDA kernels and return the version of CUDA and the architectures that it was done for."""
@@ -120,6 +123,24 @@ class BuildNative(build_ext):
             raise NotBuiltError(
                 f"compiling failed ({first_line}); install again with `pip install -v` to see the compiler's messages"
             ) from None
+
+
+def require_torch() -> str:
+    """The version of the torch to compile against. Raises NotBuiltError where nothing can or shall be compiled."""
+    if os.environ.get("CHARGPT_NO_NATIVE", "0") not in ("", "0"):
+        raise NotBuiltError("CHARGPT_NO_NATIVE was set during the install; install again without it")
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        raise NotBuiltError("Python.h is missing; get Python's headers (Debian: python3-dev) and install again")
+    require_compiler()
+    try:
+        import torch
+        import torch.utils.cpp_extension
+    except (ImportError, OSError) as error:
+        raise NotBuiltError(
+            f"torch cannot be imported while building ({error}); install torch first, "
+            "or install without --no-build-isolation"
+        ) from None
+    return str(torch.__version__)
 
 
 def require_compiler() -> None:

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import platform
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -123,39 +124,75 @@ def test_what_is_compiled_with_cuda(
     assert not any("fast" in flag for flag in extension.extra_compile_args["nvcc"])  # −∞ and NaN have meanings here
 
 
-@pytest.mark.parametrize(("cpp", "cuda"), [(None, None), (None, "no nvcc"), ("no compiler", None)])
+@pytest.mark.parametrize("cpp", [None, "compiling failed"])
+@pytest.mark.parametrize("cuda", [None, "no nvcc"])
 def test_what_was_not_built_is_recorded_and_what_was_stays(
     setup_py: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cpp: str | None, cuda: str | None
 ) -> None:
-    def built(result: str, problem: str | None) -> Callable[[object], str]:
-        def compile_it(_: object) -> str:
-            if problem is not None:
-                raise setup_py.NotBuiltError(problem)
-            return result
+    """Neither module needs the other."""
+    monkeypatch.setattr(setup_py.BuildNative, "compile_cpp", built(setup_py, None, cpp))
+    monkeypatch.setattr(setup_py.BuildNative, "compile_cuda", built(setup_py, "13.0 for 8.0", cuda))
+    record, modules = build_into(setup_py, tmp_path)
+    assert (record["problem"], record["cuda_problem"]) == (cpp, cuda)
+    assert record["cuda"] == (None if cuda else "13.0 for 8.0")
+    assert record["torch"] == torch.__version__
+    assert modules == [name for name, why in (("_native", cpp), ("_native_cuda", cuda)) if why is None]
 
-        return compile_it
+    path = tmp_path / "chargpt" / "_native.json"
+    assert native.check_record(path) == (f"the native module was not built: {cpp}" if cpp else None)
+    assert native.check_cuda_record(path) == (f"the CUDA kernels were not built: {cuda}" if cuda else None)
+    if cuda is None:
+        assert native.cuda_build(path) == "CUDA 13.0 for 8.0"
 
-    monkeypatch.setattr(setup_py.BuildNative, "compile_cpp", built(torch.__version__, cpp))
-    monkeypatch.setattr(setup_py.BuildNative, "compile_cuda", built("13.0 for 8.0", cuda))
-    package = tmp_path / "chargpt"
+
+@pytest.mark.parametrize("built_with", [{"torch": "2.0.0"}, {"python": "3.9.1"}], ids=str)
+def test_the_cuda_kernels_of_another_torch_or_python_are_not_loaded(tmp_path: Path, built_with: dict[str, str]) -> None:
+    """Also where the C++ module was not built, and says nothing of it."""
+    made = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "problem": "no luck",
+        "cuda": "13.0 for 8.0",
+    }
+    path = tmp_path / "_native.json"
+    path.write_text(json.dumps(made))
+    assert native.check_cuda_record(path) is None
+    path.write_text(json.dumps(made | built_with))
+    assert next(iter(built_with.values())) in str(native.check_cuda_record(path))
+
+
+def test_without_torch_or_a_compiler_neither_is_tried(
+    setup_py: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(setup_py, "require_torch", built(setup_py, None, "no compiler"))
+    record, modules = build_into(setup_py, tmp_path)
+    assert (record["problem"], record["cuda_problem"], record["cuda"]) == ("no compiler", "no compiler", None)
+    assert modules == []
+    assert native.check_cuda_record(tmp_path / "chargpt/_native.json") == "the CUDA kernels were not built: no compiler"
+
+
+def built(setup_py: ModuleType, result: str | None, problem: str | None) -> Callable[..., str | None]:
+    """In place of a step of the build."""
+
+    def compile_it(*_: object) -> str | None:
+        if problem is not None:
+            raise setup_py.NotBuiltError(problem)
+        return result
+
+    return compile_it
+
+
+def build_into(setup_py: ModuleType, folder: Path) -> tuple[dict[str, str | None], list[str]]:
+    """The record, and which of the modules of an earlier build are still there."""
+    package = folder / "chargpt"
     package.mkdir()
-    modules = [package / f"{name}.cpython.so" for name in ("_native", "_native_cuda")]
-    for module in modules:
-        module.touch()
+    for name in ("_native", "_native_cuda"):
+        (package / f"{name}.cpython.so").touch()
     command = setup_py.BuildNative(Distribution())
-    command.build_lib, command.inplace = str(tmp_path), 0
+    command.build_lib, command.inplace = str(folder), 0
     command.run()
     record = json.loads((package / "_native.json").read_text())
-    assert (record["problem"], record["cuda_problem"]) == (cpp, cuda)
-    assert record["cuda"] == (None if cpp or cuda else "13.0 for 8.0")
-    assert [module.exists() for module in modules] == [cpp is None, cpp is None and cuda is None]
-
-    problem = native.check_record(package / "_native.json")
-    assert problem == (f"the native module was not built: {cpp}" if cpp else None)
-    if cpp is None:
-        why = native.check_cuda_record(package / "_native.json")
-        assert why == (f"the CUDA kernels were not built: {cuda}" if cuda else None)
-        assert native.cuda_build(package / "_native.json") == (None if cuda else "CUDA 13.0 for 8.0")
+    return record, sorted(path.name.split(".")[0] for path in package.glob("*.so"))
 
 
 def test_a_record_of_an_older_build_means_no_cuda_kernels(tmp_path: Path) -> None:

@@ -115,7 +115,7 @@ def test_without_a_compiler_the_build_succeeds_and_says_why_there_is_no_module(
     stale.touch()
     written, printed = build(tmp_path, **environment)
     assert reason in str(written["problem"])
-    assert f"chargpt: the native module was not built: {written['problem']}" in printed.splitlines()
+    assert f"chargpt: the native modules were not built: {written['problem']}" in printed.splitlines()
     assert not stale.exists()
 
 

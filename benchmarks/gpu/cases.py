@@ -1,7 +1,8 @@
 """Every check of `tests/gpu/checks.py` on this GPU, shared out among processes, with all failures reported.
 
 Processes, because Triton compiles on one core, and because an illegal access leaves a process without a GPU: that
-process ends, and another goes on behind the check that did it.
+process ends, and another goes on behind the check that did it. With --smoke it is one check for each path through the
+kernels, each in a process of its own.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,10 @@ import torch
 from benchmarks.gpu.program import BROKEN, save
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
-from gpu.checks import Check, SkippedError, all_checks
+from gpu.checks import Check, SkippedError, all_checks, smoke_checks
+
+PATIENCE = 60.0  # seconds after which a check counts as hung, the compiling of its kernels included
+OFTEN = 2.0  # seconds between two looks at what the workers found
 
 
 def main() -> None:
@@ -28,36 +33,59 @@ def main() -> None:
     parser.add_argument("--result", type=Path, required=True, help="the JSON file to write; a worker's: of lines")
     parser.add_argument("--deadline", type=float, default=float("inf"), help="in seconds since 1970")
     parser.add_argument("--dry", action="store_true", help="on the CPU")
+    parser.add_argument("--smoke", action="store_true", help="only the few checks of every path")
     parser.add_argument("--worker", type=int, help="run this share of the checks")
-    parser.add_argument("--workers", type=int, default=min(12, os.cpu_count() or 1), help="processes")
+    parser.add_argument("--workers", type=int, default=min(12, os.cpu_count() or 1), help="processes at a time")
     parser.add_argument("--skip", type=int, default=0, help="checks of the share that are done")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    checks = all_checks("cpu" if options.dry else "cuda", small=options.dry)
-    families = list(dict.fromkeys(check.family for check in checks))
-    shares: list[list[Check]] = [[] for _ in range(options.workers)]
-    for check in checks:
-        shares[families.index(check.family) % options.workers].append(check)
+    chosen = smoke_checks if options.smoke else all_checks
+    checks = chosen("cpu" if options.dry else "cuda", small=options.dry)
+    parts = [[check] for check in checks] if options.smoke else shares(checks, options.workers)
     if options.worker is not None:
-        work(shares[options.worker][options.skip :], options.result)
+        work(parts[options.worker][options.skip :], options.result)
         return
     command = [sys.executable, "-m", "benchmarks.gpu.cases", "--workers", str(options.workers)]
-    workers = [
-        Worker([*command, *(["--dry"] if options.dry else [])], number, share, options.result)
-        for number, share in enumerate(shares)
-        if share
-    ]
-    running = workers
-    while running and time.time() < options.deadline:
-        time.sleep(0.2)
-        running = [worker for worker in running if worker.goes_on()]
-    outcomes = {name: outcome for worker in workers for name, outcome in worker.stop().items()}
+    command += [flag for flag, wanted in (("--dry", options.dry), ("--smoke", options.smoke)) if wanted]
+    outcomes = run(command, parts, options.workers, options.result, options.deadline, checks)
     content = summary(checks, outcomes)
     save(options.result, {"notes": content})
     print(f"{content['passed']} of {content['checks']} checks passed")
     for name, problems in content["failed"].items():
         print(f"FAILED {name}: {'; '.join(problems)}")
     sys.exit(content["passed"] + len(content["skipped"]) < max(1, content["checks"]))
+
+
+def shares(checks: list[Check], workers: int) -> list[list[Check]]:
+    """One for each worker, families together, and last those that must run alone."""
+    beside = [check for check in checks if not check.alone]
+    families = list(dict.fromkeys(check.family for check in beside))
+    parts: list[list[Check]] = [[] for _ in range(workers)]
+    for check in beside:
+        parts[families.index(check.family) % workers].append(check)
+    return [part for part in [*parts, [check for check in checks if check.alone]] if part]
+
+
+def run(
+    command: list[str], parts: list[list[Check]], at_once: int, result: Path, deadline: float, checks: list[Check]
+) -> dict[str, dict[str, Any]]:
+    """What came of the checks, by name; saved again and again while they run."""
+    waiting = list(enumerate(parts))
+    workers: list[Worker] = []
+    running: list[Worker] = []
+    saved = 0.0
+    while (waiting or running) and time.time() < deadline:
+        while waiting and len(running) < (1 if waiting[0][1][0].alone else at_once):
+            number, share = waiting.pop(0)
+            workers.append(Worker(command, number, share, result))
+            running.append(workers[-1])
+        time.sleep(0.1)
+        running = [worker for worker in running if worker.goes_on()]
+        if time.time() - saved > OFTEN:
+            outcomes = {name: outcome for worker in workers for name, outcome in worker.outcomes().items()}
+            save(result, {"notes": summary(checks, outcomes)})
+            saved = time.time()
+    return {name: outcome for worker in workers for name, outcome in worker.stop().items()}
 
 
 def summary(checks: list[Check], outcomes: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -136,6 +164,9 @@ def work(share: list[Check], lines: Path) -> None:
     for check in share:
         started = time.perf_counter()
         outcome: dict[str, Any]
+        watchdog = threading.Timer(PATIENCE, _give_up, (lines, str(check)))
+        watchdog.daemon = True
+        watchdog.start()
         try:
             outcome = {"problems": check.problems()}
         except SkippedError as reason:
@@ -143,9 +174,16 @@ def work(share: list[Check], lines: Path) -> None:
         except Exception as error:  # whatever a kernel raises is a finding
             outcome = {"problems": [f"{type(error).__name__}: {error}"[:500]]}
         broken = _broken()
+        watchdog.cancel()
         _write(lines, str(check), **outcome, seconds=round(time.perf_counter() - started, 3))
         if broken:
             os._exit(BROKEN)
+
+
+def _give_up(lines: Path, check: str) -> None:
+    """End the process: nothing else stops a kernel that hangs."""
+    _write(lines, check, problems=[f"had not ended after {PATIENCE:g} s"])
+    os._exit(BROKEN)
 
 
 def _broken() -> bool:

@@ -1,16 +1,18 @@
 """What the programs of the suite share: their options, results kept on disk as they come, and fair timing.
 
-The one idea to know: an illegal access breaks a process's CUDA context for good. A program that meets one records who
-did it and ends with the exit code BROKEN. Started again with the same result file, it goes on without that contender;
-cases that were measured stay measured.
+The one idea to know: an illegal access breaks a process's CUDA context for good, and a kernel that hangs cannot be
+stopped from inside. A program that meets one records who did it in which case and ends with the exit code BROKEN.
+Started again with the same result file, it goes on without that contender in that case; what was measured stays.
 """
 
 import argparse
 import contextlib
 import json
+import os
 import statistics
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -29,7 +31,9 @@ from chargpt.kernels import registry, resolve
 # the time of small kernels would be the time that Python needs to launch them.
 HEAD_START = 2_000_000
 
-BROKEN = 3  # the exit code of a program that lost its CUDA context and can go on in another process
+BROKEN = 3  # the exit code of a program that lost its CUDA context, or hung, and can go on in another process
+MOST_FAULTS = 3  # of one contender, after which it is left out everywhere: each costs a restart
+PATIENCE = 45.0  # seconds for a contender to compile and run twice, or for a case to be timed
 
 Function = Callable[[], Any]
 
@@ -66,13 +70,13 @@ class Times:
 class Program:
     """One step: a process with a deadline that measures case by case."""
 
-    def __init__(self, description: str | None) -> None:
+    def __init__(self, description: str | None, arguments: list[str] | None = None) -> None:
         parser = argparse.ArgumentParser(description=description)
         parser.add_argument("--result", type=Path, required=True, help="the JSON file to write, or to go on with")
         parser.add_argument("--deadline", type=float, default=float("inf"), help="in seconds since 1970")
         parser.add_argument("--dry", action="store_true", help="tiny sizes on the CPU")
         parser.add_argument("--warm", action="store_true", help="compile everything, time nothing")
-        options = parser.parse_args()
+        options = parser.parse_args(arguments)
         self.result: Path = options.result
         self.deadline: float = options.deadline
         self.dry: bool = options.dry
@@ -86,7 +90,7 @@ class Program:
         self.late = 0  # how often the host needed longer to launch than HEAD_START
         if not self.dry:
             properties = torch.cuda.get_device_properties(self.device)
-            self._flush = torch.empty(2 * properties.L2_cache_size, dtype=torch.uint8, device=self.device)
+            self._flush = torch.zeros(properties.L2_cache_size // 2, dtype=torch.int32, device=self.device)
             self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             self._wake_up()
 
@@ -109,8 +113,12 @@ class Program:
         *,
         seconds: float,
         timer: Callable[[Function], float] | None = None,
+        patience: float = PATIENCE,
     ) -> Times | None:
-        """Let those of `functions` that run compete for about `seconds`; None where that is not wanted (any more)."""
+        """Let those of `functions` that run compete for about `seconds`; None where that is not wanted (any more).
+
+        patience: seconds after which a contender, or the timing beyond `seconds`, counts as hung
+        """
         if any(done["case"] == case for done in self.content["measurements"]):
             return None
         if self.over():
@@ -119,18 +127,20 @@ class Program:
         refused = dict(refused)
         working = {}
         for name, function in functions.items():
-            if name in self.content["broken"]:
-                refused[name] = self.content["broken"][name]
+            if (fault := self._fault(name, case)) is not None:
+                refused[name] = fault
             elif time.time() + seconds > self.deadline:
                 refused[name] = "no time was left"
-            elif (problem := self._attempt(name, case, function)) is not None:
+            elif (problem := self._attempt(name, case, function, patience)) is not None:
                 refused[name] = problem
             else:
                 working[name] = function
         if self.warm:
             return None
         try:
-            times = interleave(working, timer or self.milliseconds, 0 if self.dry else seconds) if working else {}
+            hung = {"case": case, "skipped": f"had not ended {patience:g} s after its time"}
+            with self._watched(seconds + patience, lambda: self.record(hung)):
+                times = interleave(working, timer or self.milliseconds, 0 if self.dry else seconds) if working else {}
         except Exception as error:  # rare after two good calls, and there is no telling whose fault it was
             self.record({"case": case, "skipped": f"failed while it was timed: {_first_line(error)}"})
             self._stop_if_broken()
@@ -139,17 +149,21 @@ class Program:
 
     def milliseconds(self, function: Function) -> float:
         """What one call takes on the GPU, with nothing of its inputs in L2; by the host's clock on a dry run."""
+        if not self.dry:
+            self._flush.sum()  # reading, because lines that were written would be written back during the call
+        return self.warm_milliseconds(function)
+
+    def warm_milliseconds(self, function: Function) -> float:
+        """What one call takes on the GPU right after another."""
         if self.dry:
             return milliseconds(function)
-        self._flush.zero_()
         torch.cuda._sleep(HEAD_START)
         self._start.record()
         launched = milliseconds(function)
         self._end.record()
         self._end.synchronize()
-        elapsed = self._start.elapsed_time(self._end)
         self.late += launched > 1.0
-        return elapsed
+        return self._start.elapsed_time(self._end)
 
     def over(self) -> bool:
         return time.time() > self.deadline
@@ -173,30 +187,59 @@ class Program:
         """Note the clocks, read while the GPU is still warm."""
         self.note(clocks=None if self.dry else nvidia_smi(), launches_later_than_the_head_start=self.late)
 
-    def _attempt(self, name: str, case: str, function: Function) -> str | None:
+    def _attempt(self, name: str, case: str, function: Function, patience: float) -> str | None:
         """Call it twice, which compiles and loads what it needs; the reason when that fails."""
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
-                for _ in range(2):
-                    function()
-                self.synchronize()
+                blame = f"had not ended after {patience:g} s"
+                with self._watched(patience, lambda: self._blame(name, case, blame)):
+                    for _ in range(2):
+                        function()
+                    self.synchronize()
                 return None
             except Exception as error:  # whatever a contender raises, the others go on
                 reason = " ".join(dict.fromkeys(_first_line(text) for text in (error, *(w.message for w in caught))))
-        self._stop_if_broken(**{name: f"broke the CUDA context in {case}: {reason[:400]}"})
+        self._stop_if_broken(name, case, f"broke the CUDA context: {reason}")
         if not self.dry:
             torch.cuda.empty_cache()
         return reason[:400]
 
-    def _stop_if_broken(self, **culprit: str) -> None:
-        """End this process, naming who is to be left out in the next, if the GPU does not answer any more."""
+    def _fault(self, name: str, case: str) -> str | None:
+        """Why a contender must not run in a case: it broke or hung a former process there, or too often elsewhere."""
+        faults = self.content["broken"].get(name, {})
+        if case in faults:
+            return str(faults[case])
+        return f"left out after faults in {', '.join(faults)}" if len(faults) >= MOST_FAULTS else None
+
+    def _blame(self, name: str, case: str, reason: str) -> None:
+        self.content["broken"].setdefault(name, {})[case] = reason[:400]
+        self.save()
+
+    def _stop_if_broken(self, name: str = "", case: str = "", reason: str = "") -> None:
+        """End this process, saying who is to be left out in which case, if the GPU does not answer any more."""
         try:
             self.synchronize()
         except RuntimeError:
-            self.content["broken"] |= culprit
-            self.save()
+            if name:
+                self._blame(name, case, reason)
             sys.exit(BROKEN)
+
+    @contextlib.contextmanager
+    def _watched(self, seconds: float, say: Callable[[], object]) -> Iterator[None]:
+        """Where the block takes longer: `say` who hung, and end the process, since nothing else stops a kernel."""
+
+        def stop() -> None:
+            say()
+            os._exit(BROKEN)
+
+        watchdog = threading.Timer(seconds, stop)
+        watchdog.daemon = True
+        watchdog.start()
+        try:
+            yield
+        finally:
+            watchdog.cancel()
 
     def synchronize(self) -> None:
         if not self.dry:

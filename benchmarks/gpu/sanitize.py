@@ -1,7 +1,8 @@
 """Both operations under compute-sanitizer: memory errors (memcheck), or races in shared memory (racecheck).
 
 The sanitizer slows every access down, so a few cases stand for the list, chosen for different paths through the
-kernels. Allocations are not cached, so that a step over the end of a tensor leaves its allocation.
+kernels. Allocations are not cached, so that a step over the end of a tensor leaves its allocation. What is found is
+kept case by case; where one ends the process, which an invalid access does, another goes on behind it.
 """
 
 import argparse
@@ -10,7 +11,10 @@ import re
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 from kernels.cases import ALL_OPTIONS, AttentionCase, CrossEntropyCase
 
 FOUND = 86  # the exit code with which the sanitizer says that it found something
+OVER = "over: case "
 TINY = {"B": 1, "H": 2}
 CASES = (
     (AttentionCase("packed_dropout", **TINY, T=65, D=64, packed=True, options={"dropout_p": 0.1}), torch.bfloat16),
@@ -42,23 +47,80 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tool", choices=("memcheck", "racecheck"), required=True)
     parser.add_argument("--result", type=Path, required=True, help="the JSON file to write")
-    parser.add_argument("--deadline", type=float, default=float("inf"), help="not looked at: the caller keeps it")
+    parser.add_argument("--deadline", type=float, default=float("inf"), help="in seconds since 1970")
     parser.add_argument("--dry", action="store_true", help="the cases on the CPU, without the tool")
-    parser.add_argument("--inside", action="store_true", help="run the cases: what this program starts under the tool")
+    parser.add_argument("--inside", type=int, help="run the cases from this one on: what the tool is to watch")
     options = parser.parse_args()
-    if not options.dry and not options.inside:
-        found = run(options.tool, options.result)
-        save(options.result, {"notes": found})
-        sys.exit(found.get("errors", 0) != 0)
-    # Racecheck does not follow the asynchronous barriers in Triton's code, and reports races that are none.
-    impls = ("cpp", "torch") if options.dry else ("cuda", "triton") if options.tool == "memcheck" else ("cuda",)
     torch.set_num_threads(1)
-    for case, dtype in CASES:
-        for impl in impls:
-            if not (impl == "cpp" and dtype == torch.float16):  # which it does not take
-                walk(case, dtype, impl, "cpu" if options.dry else "cuda")
-                print(f"ran {case.name} {dtype} {impl}", flush=True)
-    save(options.result, {"notes": {"skipped": "a dry run has no sanitizer"}})
+    runs = [(case, dtype, impl) for impl in implementations(options.tool, options.dry) for case, dtype in CASES]
+    runs = [run for run in runs if run[1:] != (torch.float16, "cpp")]  # which it does not take
+    if options.inside is not None:
+        inside(runs, options.inside, "cpu" if options.dry else "cuda")
+        return
+    names = [f"{impl} {str(dtype).removeprefix('torch.')} {case.name}" for case, dtype, impl in runs]
+    command = [sys.executable, "-m", "benchmarks.gpu.sanitize", "--tool", options.tool, "--result", str(options.result)]
+    if options.dry:
+        command.append("--dry")
+    else:
+        sanitizer = find()
+        if sanitizer is None:
+            save(options.result, {"notes": {"skipped": "compute-sanitizer is not here"}})
+            return
+        told = ["--tool", options.tool, "--report-api-errors", "no", "--error-exitcode", str(FOUND)]
+        command = [sanitizer, *told, *command]
+    found = watch(command, names, options.result, options.deadline)
+    if options.dry:
+        found["skipped"] = "a dry run has no sanitizer; the cases ran without it"
+    save(options.result, {"notes": found})
+    sys.exit(any(found["cases"].values()) or len(found["cases"]) < len(names))
+
+
+def implementations(tool: str, dry: bool) -> tuple[str, ...]:
+    """CUDA first. Racecheck does not follow asynchronous barriers in Triton's code, and reports races that are none."""
+    return ("cpp", "torch") if dry else ("cuda", "triton") if tool == "memcheck" else ("cuda",)
+
+
+def inside(runs: list[tuple[Any, torch.dtype, str]], first: int, device: str) -> None:
+    """Run the cases, saying after each that it is over, which is what the report before it belongs to."""
+    for number, (case, dtype, impl) in enumerate(runs[first:], first):
+        walk(case, dtype, impl, device)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        print(f"{OVER}{number}", flush=True)
+
+
+def watch(command: list[str], names: list[str], result: Path, deadline: float) -> dict[str, Any]:
+    """Start `command` from case to case until all were seen. By name: what the tool reported, nothing if clean."""
+    cases: dict[str, list[str]] = {}
+    silent = 0  # processes that ended at once and without a report
+    while len(cases) < len(names) and silent < 2 and time.time() < deadline:
+        before, report = len(cases), []
+        for line in lines_of([*command, "--inside", str(before)]):
+            print(line, flush=True)
+            if line.startswith(OVER):
+                cases[names[int(line.removeprefix(OVER))]] = report
+                report = []
+                save(result, {"notes": {"cases": cases}})
+            elif line.startswith("=========") and not re.search("COMPUTE-SANITIZER|SUMMARY", line):
+                report.append(line.removeprefix("=========").strip())
+        if len(cases) < len(names):  # it ended in the middle of one
+            silent = silent + 1 if len(cases) == before and not report else 0
+            cases[names[len(cases)]] = report[:40] or ["ended the process"]
+        elif report:  # what the tool says only at the end
+            cases["at the end"] = report[:40]
+        save(result, {"notes": {"cases": cases}})
+    return {"cases": cases}
+
+
+def lines_of(command: list[str]) -> Iterator[str]:
+    """What the command says, as it comes."""
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    ) as running:
+        assert running.stdout is not None
+        for line in running.stdout:
+            yield line.rstrip()
 
 
 def walk(case: AttentionCase | CrossEntropyCase, dtype: torch.dtype, impl: str, device: str) -> None:
@@ -71,35 +133,6 @@ def walk(case: AttentionCase | CrossEntropyCase, dtype: torch.dtype, impl: str, 
         logits, targets = case.inputs(dtype, device=device)
         loss = softmax_cross_entropy(logits, targets, impl=impl, **case.options)
         torch.autograd.grad(loss, logits, torch.ones(loss.shape).to(device))
-
-
-def run(tool: str, result: Path) -> dict[str, object]:
-    """Start this program under the tool: how many errors it found, and the first of its report."""
-    sanitizer = find()
-    if sanitizer is None:
-        return {"skipped": "compute-sanitizer is not here"}
-    inner = [sys.executable, "-m", "benchmarks.gpu.sanitize", "--tool", tool, "--result", str(result), "--inside"]
-    command = [sanitizer, "--tool", tool, "--report-api-errors", "no", "--error-exitcode", str(FOUND), *inner]
-    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    lines = []
-    with subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as running:
-        assert running.stdout is not None
-        for line in running.stdout:  # as they come, so that the log has them when time runs out
-            print(line, end="", flush=True)
-            lines.append(line.strip())
-    errors = count_errors("\n".join(lines))
-    if errors is None or running.returncode not in (0, FOUND):
-        sys.exit(f"{tool} ended with exit code {running.returncode}; its report is above")
-    report = [line.removeprefix("=========").strip() for line in lines if line.startswith("=========")]
-    return {"errors": errors, "report": report[:40] if errors else []}
-
-
-def count_errors(report: str) -> int | None:
-    """The number in the summary at the end, None where there is none."""
-    summary = re.search(r"(?:ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard)", report)
-    return int(summary[1] or summary[2]) if summary else None
 
 
 def find() -> str | None:

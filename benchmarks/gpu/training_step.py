@@ -1,13 +1,18 @@
-"""Whole training steps of the 10.65 M model, batch 64 × 256, bfloat16: tokens per second on each implementation.
+"""Whole training steps of the 10.65 M model, batch 64 × 256, bfloat16: tokens per second, and what bounds them.
 
 From batch to optimizer, as `chargpt.training` makes them, by the host's clock. Against the same model on torch's
 scaled_dot_product_attention and F.cross_entropy, all of them eager and under torch.compile. Tokens are random: they
-change no amount of work.
+change no amount of work. A profile says for how much of the time the GPU was busy, and with what.
 """
 
+import re
+from collections import Counter
 from functools import partial
+from typing import Any
 
 import numpy as np
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu.program import Function, Program
 from benchmarks.gpu.training import TORCH, candidates, setup
@@ -16,28 +21,46 @@ from chargpt.data import RandomBatches
 from chargpt.training import training_step
 
 VOCABULARY = 65
+COMPILING = 150.0  # seconds that torch.compile may take for one of them
+LISTED = 15  # kernels of a profile
+
+# By the names of kernels, ours and the libraries', the first that fits.
+GROUPS = {
+    "attention": r"attention_|flash|fmha|sdp|forward_kernel|delta_kernel|(key|query)_gradients_kernel",
+    "cross-entropy": r"short_rows|long_rows|whole_rows|count_|sum_losses|sum_kernel|total|softmax|nll",
+    "matrix products": r"gemm|nvjet|cutlass|cublas|matmul|mma|splitK|aten::(mm|addmm|bmm)",
+    "optimizer": r"multi_tensor|adam|foreach|_foreach",
+    "copies": r"[Mm]emcpy|[Mm]emset|copy|[Cc]at",
+}
+OTHERS = "other passes over memory"
 
 
 def main() -> None:
     program = Program(__doc__)
     names, refused = candidates(program)
-    contenders = [*names[:1], TORCH, *names[1:]]  # what `auto` takes and torch's, in case that time runs out
-    measure(program, list(dict.fromkeys([*contenders, "torch"])), [], refused)  # torch: the reference, for the record
-    measure(program, [TORCH], contenders, refused)
+    first, others = names[:1], names[1:]
+    # What answers most comes first, in case that time runs out; torch: the reference, for the record.
+    measure(program, "eager", [*first, TORCH], refused)
+    measure(program, "compiled", [TORCH, *first], refused, compiled=True)
+    measure(program, "others, compiled", [TORCH, *others] if others else [], {}, compiled=True)
+    measure(program, "others, eager", list(dict.fromkeys([TORCH, *others, "torch"])), {})
     program.finish()
 
 
-def measure(program: Program, eager: list[str], compiled: list[str], refused: dict[str, str]) -> None:
+def measure(
+    program: Program, case: str, kernels: list[str], refused: dict[str, str], *, compiled: bool = False
+) -> None:
+    """Time the steps of each against the others', and profile those of the first two cases."""
+    if not kernels:
+        return
     steps = 1 if program.dry else 10  # in one sample, so that waiting for the GPU at its end weighs little
-    variants = {name: samples(program, name, False, steps) for name in eager}
-    variants |= {f"{name} compiled": samples(program, name, True, steps) for name in compiled}
+    variants = {f"{name}{' compiled' if compiled else ''}": samples(program, name, compiled, steps) for name in kernels}
 
     def per_step(sample: Function) -> float:
         program.synchronize()
         return milliseconds(sample) / steps
 
-    case = "compiled" if compiled else "eager"
-    times = program.time(case, variants, refused, seconds=15, timer=per_step)
+    times = program.time(case, variants, refused, seconds=8, timer=per_step, patience=COMPILING)
     if times is not None:
         tokens = 4 * 16 if program.dry else 64 * 256
         baselines = [name for name in times.times if name.startswith(TORCH)]
@@ -53,6 +76,9 @@ def measure(program: Program, eager: list[str], compiled: list[str], refused: di
                 },
             }
         )
+        if not case.startswith("others"):
+            profiles = {name: profiled(program, variants[name], steps) for name in times.times}
+            program.note(profiles=program.content["notes"].get("profiles", {}) | profiles)
 
 
 def samples(program: Program, kernels: str, compiled: bool, steps: int) -> Function:
@@ -68,6 +94,50 @@ def samples(program: Program, kernels: str, compiled: bool, steps: int) -> Funct
         program.synchronize()
 
     return sample
+
+
+def profiled(program: Program, sample: Function, steps: int) -> dict[str, Any]:
+    """What the GPU did while a sample ran, or, on a dry run, the CPU."""
+    activities = [ProfilerActivity.CPU] if program.dry else [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+    with profile(activities=activities) as seen:
+        sample()
+    wanted = DeviceType.CPU if program.dry else DeviceType.CUDA
+    events = [
+        (event.name, event.time_range.start, event.time_range.end)
+        for event in seen.events()
+        if event.device_type == wanted
+    ]
+    return summary(events, steps)
+
+
+def summary(events: list[tuple[str, float, float]], steps: int) -> dict[str, Any]:
+    """events: (name, start, end) in microseconds. What the GPU was busy with, and whether the host kept it busy."""
+    if not events:
+        return {}
+    busy, reached = 0.0, float("-inf")  # the union of the intervals
+    for _, start, end in sorted(events, key=lambda event: event[1]):
+        busy += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    span = reached - min(start for _, start, _ in events)
+    spent, calls, groups = Counter[str](), Counter[str](), Counter[str]()
+    for name, start, end in events:
+        spent[name] += end - start  # type: ignore[assignment]
+        calls[name] += 1
+        groups[group(name)] += end - start  # type: ignore[assignment]
+    total = sum(spent.values())
+    return {
+        "busy_share": busy / span if span else 1.0,
+        "busy_milliseconds": busy / 1e3 / steps,
+        "launches": len(events) / steps,
+        "groups": {name: value / total for name, value in groups.most_common()} if total else {},
+        "kernels": [
+            [name[:120], spent[name] / 1e3 / steps, calls[name] / steps] for name, _ in spent.most_common(LISTED)
+        ],
+    }
+
+
+def group(kernel: str) -> str:
+    return next((name for name, pattern in GROUPS.items() if re.search(pattern, kernel)), OTHERS)
 
 
 if __name__ == "__main__":

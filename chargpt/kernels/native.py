@@ -11,6 +11,7 @@ import platform
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -35,31 +36,47 @@ def load() -> Native:
 @functools.cache
 def load_cuda() -> Native:
     """Likewise `chargpt._native_cuda`. It loads without a GPU; its kernels need one."""
-    return _load("chargpt._native_cuda", check_record(RECORD) or check_cuda_record(RECORD))
+    return _load("chargpt._native_cuda", check_cuda_record(RECORD))
 
 
 def check_record(record: Path) -> str | None:
-    """Why the modules that `record` describes must not be loaded by this Python and this torch; None when they may."""
+    """Why the C++ module that `record` describes must not be loaded by this Python and this torch; None when it may."""
+    built = _read(record)
+    if isinstance(built, str):
+        return built
+    problem = built["problem"]
+    return f"the native module was not built: {problem}" if problem is not None else _mismatch(built)
+
+
+def check_cuda_record(record: Path) -> str | None:
+    """Likewise for the module with the CUDA kernels, which may be there without the other."""
+    built = _read(record)
+    if isinstance(built, str):
+        return built
+    if not built.get("cuda"):
+        return f"the CUDA kernels were not built: {built.get('cuda_problem') or built['problem'] or REBUILD}"
+    return _mismatch(built)
+
+
+def _read(record: Path) -> dict[str, Any] | str:
+    """What setup.py wrote, or why it says nothing."""
     try:
         built = json.loads(record.read_text(encoding="utf-8"))
-        python, built_torch, problem = built["python"], built["torch"], built["problem"]
+        built["python"], built["torch"], built["problem"]
     except FileNotFoundError:
         return f"the native module was not built; {REBUILD}"
     except (OSError, ValueError, TypeError, KeyError):
         return f"the record of the native module's build, {record}, is damaged; {REBUILD}"
-    if problem is not None:
-        return f"the native module was not built: {problem}"
+    return built  # type: ignore[no-any-return]
+
+
+def _mismatch(built: dict[str, Any]) -> str | None:
+    python, built_torch = built["python"], built["torch"]
     if python.split(".")[:2] != platform.python_version().split(".")[:2]:
         return f"the native module was built for Python {python}, this is {platform.python_version()}; {REBUILD}"
     if built_torch != torch.__version__:
         return f"the native module was built against torch {built_torch}, this is {torch.__version__}; {REBUILD}"
     return None
-
-
-def check_cuda_record(record: Path) -> str | None:
-    """Why there are no CUDA kernels in a build that is otherwise good; None when there are."""
-    problem = json.loads(record.read_text(encoding="utf-8")).get("cuda_problem")
-    return None if cuda_build(record) else f"the CUDA kernels were not built: {problem or REBUILD}"
 
 
 def cuda_build(record: Path) -> str | None:

@@ -1,7 +1,10 @@
 """The checks themselves, on the CPU: they pass for right kernels and name what is wrong with broken ones."""
 
+import contextlib
 import dataclasses
 import itertools
+import threading
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -120,3 +123,123 @@ def test_other_results_under_torch_compile_are_found(break_torch: Callable[..., 
 
     break_torch(causal_attention=attend)
     assert any("compiled O" in problem for problem in checks.compile_problems("torch", torch.float32, "cpu"))
+
+
+def test_a_model_that_trains_differently_is_found(break_torch: Callable[..., None]) -> None:
+    """In float32, so it is the losses of the reference that break here, and those of the kernels that stay."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
+        return reference.causal_attention(q, k, 0.9 * v, **options)
+
+    impl = "cpp"
+    if impl not in {check.impl for check in all_checks("cpu", small=True)}:
+        pytest.skip("the C++ kernels are not built")
+    assert checks.training_problems(impl, torch.bfloat16, "cpu") == []
+    break_torch(causal_attention=attend)
+    assert "losses differ by" in checks.training_problems(impl, torch.bfloat16, "cpu")[0]
+
+
+def test_a_compiled_step_is_compared_with_the_eager_one(
+    monkeypatch: pytest.MonkeyPatch, break_torch: Callable[..., None]
+) -> None:
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model: real(model, backend="aot_eager"))  # inductor would compile C++
+    assert checks.compiled_step_problems("torch", torch.bfloat16, "cpu") == []
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
+        return reference.causal_attention(2 * q if torch.compiler.is_compiling() else q, k, v, **options)
+
+    break_torch(causal_attention=attend)
+    assert any("compiled loss" in problem for problem in checks.compiled_step_problems("torch", torch.bfloat16, "cpu"))
+
+
+# ------------------------------------------------------------------------------------ what needs a GPU, on a stand-in
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """torch.cuda where streams do nothing, and a captured graph runs at once and is never replayed."""
+
+    class Stream:
+        def wait_stream(self, _: object) -> None: ...
+        def synchronize(self) -> None: ...
+
+    class Graph:
+        def replay(self) -> None: ...
+
+    stand_in = types.SimpleNamespace(
+        Stream=Stream,
+        CUDAGraph=Graph,
+        current_stream=Stream,
+        stream=lambda _: contextlib.nullcontext(),
+        graph=lambda _: contextlib.nullcontext(),
+        synchronize=lambda: None,
+        _sleep=lambda _: None,
+        mem_get_info=lambda: (1e9, 80e9),
+    )
+    monkeypatch.setattr(torch, "cuda", stand_in)
+    small = [{"T": 16, "V": 65}, {"T": 8, "V": 33}]
+    work = checks._work
+    monkeypatch.setattr(
+        checks, "_work", lambda impl, dtype, device, **sizes: work(impl, dtype, device, **{**sizes, **small[0]})
+    )
+    monkeypatch.setattr(checks, "_two_works", lambda *given: [work(*given, **sizes) for sizes in small])
+    return stand_in
+
+
+def test_every_check_of_a_gpu_walks_through(no_gpu: Any) -> None:
+    assert checks.stream_problems("torch", torch.bfloat16, "cpu") == []
+    assert checks.thread_problems("torch", torch.bfloat16, "cpu", times=2) == []
+    assert checks.capture_problems("torch", torch.bfloat16, "cpu") == ["the replayed graph gives other results"]
+    for far in (checks.far_attention_problems, checks.far_cross_entropy_problems):
+        with pytest.raises(checks.SkippedError, match=r"GB of the GPU's memory, 1\.0 GB are free"):
+            far("torch", torch.bfloat16, "cpu")
+
+
+def test_host_threads_that_disturb_each_other_are_found(no_gpu: Any, break_torch: Callable[..., None]) -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
+        alone = threading.current_thread() is threading.main_thread()
+        return reference.causal_attention(q if alone else 1.1 * q, k, v, **options)
+
+    break_torch(causal_attention=attend)
+    problems = checks.thread_problems("torch", torch.bfloat16, "cpu", times=2)
+    assert problems == [f"host thread {number} gets other results than alone" for number in (0, 1)]
+
+
+def test_dropout_that_lets_itself_be_captured_is_found(no_gpu: Any) -> None:
+    problems = checks.dropout_capture_problems("torch", torch.bfloat16, "cpu")
+    assert problems == [f"the {name} pass was captured with dropout" for name in ("forward", "backward")]
+    real = checks.causal_attention
+
+    def refuse(*inputs: Tensor, **options: Any) -> Any:
+        if no_gpu.capturing:
+            raise RuntimeError("something else")
+        return real(*inputs, **options)
+
+    @contextlib.contextmanager
+    def capture(_: object) -> Iterator[None]:
+        no_gpu.capturing = True
+        try:
+            yield
+        finally:
+            no_gpu.capturing = False
+
+    no_gpu.capturing, no_gpu.graph = False, capture
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checks, "causal_attention", refuse)
+        forward = checks.dropout_capture_problems("torch", torch.bfloat16, "cpu")[0]
+    assert forward == "the forward pass refused without a reason: something else"
+
+
+def test_on_a_gpu_the_reference_is_not_under_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A third of all checks, and those beyond 2^31 elements would need more memory than any card has."""
+    found = [(name, dtype) for name in ("cuda", "triton", "torch") for dtype in checks.DTYPES]
+    monkeypatch.setattr(checks, "implementations", lambda *_, **__: found)
+    listed = all_checks("cuda")
+    assert {check.impl for check in listed} == {"cuda", "triton"}
+    assert {check.name for check in listed if check.alone} == {
+        "attention_beyond_2^31_elements",
+        "cross_entropy_beyond_2^31_elements",
+    }
+    assert {check.impl for check in checks.smoke_checks("cuda")} == {"cuda", "triton"}
+    assert len({str(check) for check in checks.smoke_checks("cuda")}) == 14

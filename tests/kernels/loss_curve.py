@@ -1,0 +1,36 @@
+"""The losses of a small training run on a given implementation: the same seed gives the same ones, up to rounding."""
+
+import numpy as np
+import torch
+
+from chargpt.config import TrainConfig, TransformerConfig
+from chargpt.data import RandomBatches
+from chargpt.models import build_model
+from chargpt.models.transformer import Transformer
+from chargpt.optim import build_optimizers
+from chargpt.runtime import resolve_runtime
+from chargpt.training import training_step
+
+STEPS = 200
+DIFFERENCE = 1e-3  # that two implementations may have in one of the losses
+VOCABULARY = 20
+
+
+def small_model(kernels: str, device: str = "cpu", dropout: float = 0.1) -> Transformer:
+    config = TransformerConfig(block_size=33, n_layer=2, n_head=2, n_embd=32, dropout=dropout)
+    model = build_model(config, VOCABULARY, seed=1, kernels=kernels)
+    assert isinstance(model, Transformer)
+    return model.to(device)
+
+
+def training_losses(kernels: str, device: str = "cpu") -> torch.Tensor:
+    """Training losses (STEPS,) in float32, with dropout, on a text that can be learnt."""
+    model = small_model(kernels, device)
+    config = TrainConfig(model=model.config, batch_size=4, precision="fp32", kernels=kernels, device=device)
+    tokens = np.tile(np.random.default_rng(1).integers(VOCABULARY, size=200, dtype=np.uint8), 20)
+    batches = RandomBatches(tokens, config.batch_size, model.config.block_size, seed=2)
+    optimizers, runtime = build_optimizers(model, config.optimizer), resolve_runtime(config)
+    with torch.random.fork_rng():
+        torch.manual_seed(3)  # dropout
+        losses = [training_step(model, optimizers, batches, config, runtime)[0] for _ in range(STEPS)]
+    return torch.stack(losses).cpu()
