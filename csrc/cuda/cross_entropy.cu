@@ -18,7 +18,8 @@
 //   what does not  long_rows, not resident: nowhere. The second sweep reads the row again, from the L2 cache as far as
 //   fit there      it goes: at V = 128256 in bfloat16, 132 rows of 257 KB. Without a gradient there is one sweep.
 // The backward that gets the sums is one sweep over the row in any layout. Means divide by the number of rows that are
-// not ignored, which a block counts first; losses are added by one block at the end: nobody waits for the GPU.
+// not ignored, which are counted first; losses are added at the end: nobody waits for the GPU. Of many rows each block
+// takes a span, and one more block adds up what these blocks found.
 
 #include "cross_entropy.h"
 
@@ -340,6 +341,32 @@ __global__ void __launch_bounds__(kShortThreads) gradients(const Problem<T> prob
   for (int e = lane; e < row.edges; e += lanes) gradient.put_edge(row.edge_at(e), row.edge(e));
 }
 
+// ---- Sums over the rows --------------------------------------------------------------------------------------------
+
+// Rows that one block counts, or adds the losses of: 16 for each of its threads, on every chip, so that the order of
+// addition depends on N alone. The 64 x 256 tokens of a training step on a GPU are one span, done by one block; a
+// second launch for so little would cost more than it saves. (Reasoned, not measured.)
+constexpr int64_t kSumSpan = 16384;
+
+struct KeptRows {  // 1 for each row that is not ignored
+  const int64_t* targets;
+  int64_t ignore_index;
+  __device__ int64_t value(int64_t i) const { return targets[i] != ignore_index ? 1 : 0; }
+};
+template <class T>
+struct Numbers {
+  T* x;
+  __device__ T value(int64_t i) const { return x[i]; }
+  __device__ void put(T sum) const { x[blockIdx.x] = sum; }
+};
+struct ReducedLoss {  // the sum, divided by *count, at least 1, unless it is nullptr
+  float* loss;
+  const int64_t* count;
+  __device__ void put(double sum) const {
+    *loss = static_cast<float>(count != nullptr ? sum / max(*count, int64_t{1}) : sum);
+  }
+};
+
 struct Add {
   template <class N>
   __device__ N operator()(N a, N b) const {
@@ -347,26 +374,16 @@ struct Add {
   }
 };
 
-// One block: the number of rows that are not ignored.
-// budget: count_rows registers<=32 shared<=0
-__global__ void __launch_bounds__(kMostThreads) count_rows(const int64_t* targets, int64_t N, int64_t ignore_index,
-                                                           int64_t* count) {
-  int64_t mine = 0;
+// Each block adds up its span of n numbers, and the last one all that are left: all n where it is the only one.
+// budget: span_totals registers<=32 shared<=0
+template <class Sum, class From, class To>
+__global__ void __launch_bounds__(kMostThreads) span_totals(const From from, int64_t n, const To to) {
+  const int64_t begin = blockIdx.x * kSumSpan, end = blockIdx.x + 1 == gridDim.x ? n : begin + kSumSpan;
+  Sum mine = 0;
 #pragma unroll 4
-  for (int64_t i = threadIdx.x; i < N; i += kMostThreads) mine += targets[i] != ignore_index ? 1 : 0;
-  mine = reduce_block(mine, int64_t{0}, reinterpret_cast<int64_t*>(dynamic_shared()), Add{});
-  if (threadIdx.x == 0) *count = mine;
-}
-
-// One block: the sum of the losses, divided by *count, at least 1, unless it is nullptr.
-// budget: sum_losses registers<=32 shared<=0
-__global__ void __launch_bounds__(kMostThreads) sum_losses(const float* losses, int64_t N, const int64_t* count,
-                                                           float* loss) {
-  double mine = 0;
-#pragma unroll 4
-  for (int64_t i = threadIdx.x; i < N; i += kMostThreads) mine += losses[i];
-  mine = reduce_block(mine, 0.0, reinterpret_cast<double*>(dynamic_shared()), Add{});
-  if (threadIdx.x == 0) *loss = static_cast<float>(count != nullptr ? mine / max(*count, int64_t{1}) : mine);
+  for (int64_t i = begin + threadIdx.x; i < end; i += kMostThreads) mine += from.value(i);
+  mine = reduce_block(mine, Sum{0}, reinterpret_cast<Sum*>(dynamic_shared()), Add{});
+  if (threadIdx.x == 0) to.put(mine);
 }
 
 // budget: scale registers<=32 shared<=0
@@ -481,24 +498,50 @@ bool valid(const CrossEntropy& problem) {
   return problem.V >= 1 && problem.V <= std::numeric_limits<int>::max() && problem.N >= 0 && problem.N <= kMostBlocks;
 }
 
-// The workspace: the count in its first 16 bytes, and the losses that will be summed.
+unsigned sum_blocks(int64_t n) { return blocks_for(std::max(n, int64_t{1}), kSumSpan); }
+
+// The workspace: the count in its first 16 bytes, the losses that will be added, and, where several blocks do that,
+// from the next multiple of 8 what each of them counted, and later what each added up.
 constexpr size_t kCountBytes = 16;
+struct Layout {
+  size_t partials, bytes;
+};
+Layout layout(int64_t N) {
+  const unsigned blocks = sum_blocks(N);
+  const size_t losses_end = kCountBytes + static_cast<size_t>(N) * sizeof(float), partials = (losses_end + 7) / 8 * 8;
+  return {partials, blocks > 1 ? partials + blocks * sizeof(double) : losses_end};
+}
+float* losses_in(void* workspace) { return reinterpret_cast<float*>(static_cast<char*>(workspace) + kCountBytes); }
+
+// Queues to.put(the sum of n numbers, from.value(i)), with the partials of `layout`.
+template <class Sum, class From, class To>
+cudaError_t launch_sum(const From& from, int64_t n, const To& to, void* workspace, cudaStream_t stream) {
+  static_assert(sizeof(Sum) == sizeof(double));
+  constexpr size_t kScratch = kWarp * sizeof(Sum);
+  const dim3 blocks(sum_blocks(n)), threads(kMostThreads);
+  if (blocks.x == 1) return launch(span_totals<Sum, From, To>, blocks, threads, kScratch, stream, from, n, to);
+  const Numbers<Sum> partials{reinterpret_cast<Sum*>(static_cast<char*>(workspace) + layout(n).partials)};
+  const cudaError_t error =
+      launch(span_totals<Sum, From, Numbers<Sum>>, blocks, threads, kScratch, stream, from, n, partials);
+  if (error != cudaSuccess) return error;
+  return launch(span_totals<Sum, Numbers<Sum>, To>, dim3(1), threads, kScratch, stream, partials, blocks.x, to);
+}
 
 // Queues the counting that a mean needs. Returns where the count will be, nullptr for other reductions.
 int64_t* count_where(const CrossEntropy& problem, void* workspace) {
   return problem.reduction == Reduction::kMean ? static_cast<int64_t*>(workspace) : nullptr;
 }
-cudaError_t launch_count(const CrossEntropy& problem, int64_t* count, cudaStream_t stream) {
+cudaError_t launch_count(const CrossEntropy& problem, int64_t* count, void* workspace, cudaStream_t stream) {
   if (count == nullptr) return cudaSuccess;
-  return launch(count_rows, dim3(1), dim3(kMostThreads), kWarp * sizeof(int64_t), stream, problem.targets, problem.N,
-                problem.options.ignore_index, count);
+  const KeptRows rows{problem.targets, problem.options.ignore_index};
+  return launch_sum<int64_t>(rows, problem.N, Numbers<int64_t>{count}, workspace, stream);
 }
 
 }  // namespace
 
 size_t cross_entropy_workspace(const CrossEntropy& problem) {
   if (problem.reduction == Reduction::kNone) return 0;
-  return kCountBytes + static_cast<size_t>(problem.N) * sizeof(float);
+  return layout(problem.N).bytes;
 }
 
 cudaError_t cross_entropy_forward(const CrossEntropy& problem, float* loss, float* normalisers, void* gradient,
@@ -506,16 +549,15 @@ cudaError_t cross_entropy_forward(const CrossEntropy& problem, float* loss, floa
   if (!valid(problem)) return cudaErrorInvalidValue;
   int64_t* const count = count_where(problem, workspace);
   const bool reduced = problem.reduction != Reduction::kNone;
-  float* const losses =
-      reduced ? reinterpret_cast<float*>(static_cast<char*>(workspace) + kCountBytes) : loss;
-  cudaError_t error = launch_count(problem, count, stream);
+  float* const losses = reduced ? losses_in(workspace) : loss;
+  cudaError_t error = launch_count(problem, count, workspace, stream);
   if (error == cudaSuccess && problem.N > 0) {
     error = for_type(problem.dtype, [&](auto element) {
       return launch_rows(problem_of<decltype(element)>(problem, losses, normalisers, gradient, count), stream);
     });
   }
   if (error != cudaSuccess || !reduced) return error;
-  return launch(sum_losses, dim3(1), dim3(kMostThreads), kWarp * sizeof(double), stream, losses, problem.N, count, loss);
+  return launch_sum<double>(Numbers<float>{losses}, problem.N, ReducedLoss{loss, count}, workspace, stream);
 }
 
 cudaError_t cross_entropy_backward(const CrossEntropy& problem, const float* loss_gradient, const float* normalisers,
@@ -523,7 +565,7 @@ cudaError_t cross_entropy_backward(const CrossEntropy& problem, const float* los
   if (!valid(problem)) return cudaErrorInvalidValue;
   if (problem.N == 0) return cudaSuccess;
   int64_t* const count = count_where(problem, workspace);
-  const cudaError_t error = launch_count(problem, count, stream);
+  const cudaError_t error = launch_count(problem, count, workspace, stream);
   if (error != cudaSuccess) return error;
   return for_type(problem.dtype, [&](auto element) {
     auto typed = problem_of<decltype(element)>(problem, nullptr, const_cast<float*>(normalisers), gradient, count);

@@ -4,7 +4,7 @@
 //
 // Nothing here allocates or synchronises. All pointers are device memory of the current device; work is queued on
 // `stream`. What is returned is the first error of a launch, cudaSuccess otherwise. The results are bitwise
-// deterministic: no atomics, and every sum has one order.
+// deterministic: no atomics, and every sum has one order, that of the losses the same on every GPU.
 //
 // A target that is neither ignore_index nor in [0, V) cannot be an error here, since nobody waits for the GPU. It reads
 // nothing out of bounds and makes its row's loss and gradient NaN, and with them the sum or mean.

@@ -50,6 +50,8 @@ void set_chip(int multiprocessors, int shared_bytes) {
   host_shared_bytes = shared_bytes;
 }
 
+int launches() { return host_launches; }  // so far
+
 int64_t workspace_bytes(const CrossEntropy* problem) { return static_cast<int64_t>(cross_entropy_workspace(*problem)); }
 
 int forward(const CrossEntropy* problem, float* loss, float* normalisers, void* gradient) {
@@ -188,6 +190,14 @@ void check_long_rows(DType dtype, std::vector<int> shared_bytes, Reduction reduc
 
 }  // namespace
 
+// Sums over the rows that one block does, that several do, the last of them for one row or for all but one.
+void check_many_rows() {
+  constexpr int kSpan = 16384;
+  check<__half>({kSpan, 1, 0, 0, kEverything}, DType::kFloat16);
+  check<__half>({kSpan + 1, 1, 0, 0, kEverything}, DType::kFloat16);
+  check<__half>({2 * kSpan - 1, 1, 0, 0, kEverything, Reduction::kSum}, DType::kFloat16);
+}
+
 // With an argument, only what races depend on: ThreadSanitizer needs a millisecond for each thread.
 int main(int count, char**) {
   if (count > 1) {
@@ -199,6 +209,7 @@ int main(int count, char**) {
     check_short_rows<float>(DType::kFloat32);
     check_short_rows<__half>(DType::kFloat16);
     check_short_rows<__nv_bfloat16>(DType::kBFloat16);
+    check_many_rows();
   }
   std::printf("cross-entropy: %d failures\n", failures);
   return failures == 0 ? 0 : 1;

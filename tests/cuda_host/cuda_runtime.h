@@ -6,6 +6,8 @@
 // Every CUDA thread is a fiber: a stack of its own, switched to by host.cpp when the one before it waits. One OS thread
 // runs one block at a time; several run the blocks of a grid. What the shim is strict about:
 //   - Shared memory (dynamic_shared) is one heap block, to the byte, and starts as NaN. There are no __shared__ variables.
+//   - A launch takes more than 48 KiB of it only where the kernel's attribute says so, as it stands then: see
+//     cuda_runtime_api.h.
 //   - All threads of a block meet at the same __syncthreads() of the source, and all lanes that a mask names meet at the
 //     same warp operation. Where they do not, the launch fails and says who waits where, instead of hanging.
 //   - cp.async (mma_host.h) turns its destination into NaN at once and fills it when the thread waits for it.
@@ -72,12 +74,15 @@ using Where = std::source_location;  // of the call in the kernel
 
 char* dynamic_shared();
 
-// Runs `body` in every thread of the grid, and returns when all are done.
-cudaError_t run(dim3 grid, dim3 block, size_t shared_bytes, void (*body)(const void*), const void* context);
+// Runs `body` in every thread of the grid, and returns when all are done. cudaGetLastError() says how it went.
+void run(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, void (*body)(const void*),
+         const void* context);
 
-template <class F>
-cudaError_t launch(dim3 grid, dim3 block, size_t shared_bytes, const F& body) {
-  return run(grid, block, shared_bytes, [](const void* f) { (*static_cast<const F*>(f))(); }, &body);
+// kernel<<<grid, block, shared_bytes>>>(…): `body` calls the kernel with its arguments.
+template <class... P, class F>
+void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, const F& body) {
+  const auto call = [](const void* f) { (*static_cast<const F*>(f))(); };
+  run(reinterpret_cast<const void*>(kernel), grid, block, shared_bytes, call, &body);
 }
 
 int lane();
@@ -98,6 +103,15 @@ T shuffle(const char* name, uint32_t mask, T value, int source, Where where) {
 }
 
 }  // namespace cuda_host
+
+template <class... P>
+cudaError_t cudaFuncSetAttribute(void (*kernel)(P...), cudaFuncAttribute attribute, int value) {
+  return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), attribute, value);
+}
+template <class... P>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, void (*kernel)(P...)) {
+  return cudaFuncGetAttributes(attributes, reinterpret_cast<const void*>(kernel));
+}
 
 // ---- Barriers, shuffles, votes -------------------------------------------------------------------------------------
 

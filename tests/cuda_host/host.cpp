@@ -15,6 +15,7 @@
 #include <mutex>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "mma_host.h"
@@ -43,6 +44,34 @@ constexpr bool kTsan = false;
 constexpr size_t kStackBytes = size_t{256} << 10;
 constexpr unsigned kMostThreads = 1024;
 constexpr uint32_t kAllLanes = 0xffffffff;
+constexpr int kSharedWithoutAsking = 48 << 10;
+
+// ---- Errors, and the kernels' shared memory ------------------------------------------------------------------------
+
+thread_local cudaError_t last_error = cudaSuccess;
+
+cudaError_t record(cudaError_t error) {
+  if (error != cudaSuccess) last_error = error;
+  return error;
+}
+
+// Bytes that a block of a kernel may have, by device and kernel, as cudaFuncSetAttribute has set them.
+class SharedLimits {
+ public:
+  void set(const void* kernel, int bytes) {
+    const std::lock_guard lock(mutex_);
+    limits_[{host_device, kernel}] = bytes;
+  }
+  int get(const void* kernel) {
+    const std::lock_guard lock(mutex_);
+    const auto found = limits_.find({host_device, kernel});
+    return found == limits_.end() ? kSharedWithoutAsking : found->second;
+  }
+
+ private:
+  std::mutex mutex_;
+  std::map<std::pair<int, const void*>, int> limits_;
+} shared_limits;
 
 // ---- Switching between stacks --------------------------------------------------------------------------------------
 
@@ -433,13 +462,18 @@ void warp_barrier(uint32_t mask, Where where) {
   }
 }
 
-cudaError_t run(dim3 grid, dim3 block, size_t shared_bytes, void (*body)(const void*), const void* context) {
+namespace {
+
+cudaError_t run_grid(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, void (*body)(const void*),
+                     const void* context) {
   const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z, threads = uint64_t{block.x} * block.y * block.z;
   if (blocks == 0 || grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535 || threads == 0 ||
       threads > kMostThreads || block.z > 64) {
     return cudaErrorInvalidConfiguration;
   }
-  if (shared_bytes > static_cast<size_t>(host_shared_bytes)) return cudaErrorInvalidValue;
+  if (shared_bytes > static_cast<size_t>(std::min(shared_limits.get(kernel), host_shared_bytes))) {
+    return cudaErrorInvalidValue;
+  }
   Launch launch{.grid = grid, .block = block, .shared_bytes = shared_bytes, .body = body, .context = context};
   // ThreadSanitizer takes memory that is used again for the same memory, so there every block keeps its own to the end.
   std::vector<std::unique_ptr<Stacks>> kept_stacks;
@@ -465,6 +499,14 @@ cudaError_t run(dim3 grid, dim3 block, size_t shared_bytes, void (*body)(const v
   __tsan_acquire(&launch.order);
 #endif
   return launch.failed ? cudaErrorLaunchFailure : cudaSuccess;
+}
+
+}  // namespace
+
+void run(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, void (*body)(const void*),
+         const void* context) {
+  ++host_launches;
+  record(run_grid(kernel, grid, block, shared_bytes, body, context));
 }
 
 // ---- Warp operations -----------------------------------------------------------------------------------------------
@@ -573,3 +615,21 @@ void mma_fp16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Whe
 }
 
 }  // namespace cuda_host
+
+// ---- What launchers call -------------------------------------------------------------------------------------------
+
+cudaError_t cudaGetLastError() { return std::exchange(cuda_host::last_error, cudaSuccess); }
+
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
+  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize || value < 0 || value > host_shared_bytes) {
+    return cuda_host::record(cudaErrorInvalidValue);
+  }
+  cuda_host::shared_limits.set(kernel, value);
+  std::this_thread::yield();  // gives other host threads a chance to set theirs before this one launches
+  return cudaSuccess;
+}
+
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* kernel) {
+  attributes->maxDynamicSharedSizeBytes = cuda_host::shared_limits.get(kernel);
+  return cudaSuccess;
+}

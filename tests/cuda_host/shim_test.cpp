@@ -1,9 +1,14 @@
 // Small kernels that try the shim itself: what it computes, and whether it notices what is wrong. See test_shim.py.
 
+#include <array>
+#include <atomic>
+#include <barrier>
 #include <cstdio>
 #include <cstdlib>
 #include <map>
 #include <string>
+#include <thread>
+#include <utility>
 #include <vector>
 
 #include "launch.cuh"
@@ -114,6 +119,48 @@ __global__ void copies(const float* in, float* out) {
   look(2);
   cp_async_wait<0>();
   look(3);
+}
+
+// ---- How much shared memory a launch may have ----------------------------------------------------------------------
+
+// One kernel for each `number`, since the limit is a kernel's and stays.
+template <int number>
+__global__ void touch_ends(int bytes) {
+  dynamic_shared()[0] = dynamic_shared()[bytes - 1] = static_cast<char>(number);
+}
+
+using Touch = void (*)(int);
+constexpr auto kTouches = []<int... numbers>(std::integer_sequence<int, numbers...>) {
+  return std::array<Touch, sizeof...(numbers)>{touch_ends<numbers>...};
+}(std::make_integer_sequence<int, 8>());
+
+int limit(int number) {
+  cudaFuncAttributes attributes;
+  cudaFuncGetAttributes(&attributes, kTouches[number]);
+  return attributes.maxDynamicSharedSizeBytes;
+}
+
+struct Mishaps {
+  int failed;   // launches
+  int lowered;  // times that a thread found, after its launch, a limit below what the chip has
+};
+
+// A host thread for each size, all at once, each launches the same kernel `times` times.
+Mishaps launch_from_host_threads(int number, const std::vector<int>& sizes, int times) {
+  std::atomic<int> failed = 0, lowered = 0;
+  std::barrier together(static_cast<std::ptrdiff_t>(sizes.size()));
+  std::vector<std::thread> threads;
+  for (const int bytes : sizes) {
+    threads.emplace_back([&, bytes] {
+      together.arrive_and_wait();
+      for (int i = 0; i < times; ++i) {
+        failed += launch(kTouches[number], dim3(1), dim3(1), bytes, nullptr, bytes) != cudaSuccess ? 1 : 0;
+        lowered += limit(number) < host_shared_bytes ? 1 : 0;
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  return {failed, lowered};
 }
 
 // ---- What is wrong -------------------------------------------------------------------------------------------------
@@ -319,6 +366,29 @@ int run_load_matrices(const uint16_t* matrices, uint32_t* out) {
 int run_copies(const float* in, float* out) { return launch(copies, dim3(1), dim3(1), 64, nullptr, in, out); }
 int run_by_name(const char* name) { return run_kernel(name); }
 
+int run_touch_ends(int number, int bytes) {
+  return launch(kTouches[number], dim3(1), dim3(1), bytes, nullptr, bytes);
+}
+int run_touch_ends_bare(int number, int bytes) {  // as <<<>>> alone does
+  cuda_host::launch(kTouches[number], dim3(1), dim3(1), bytes, [=] { kTouches[number](bytes); });
+  return cudaGetLastError();
+}
+int set_shared_limit(int number, int bytes) {
+  return cudaFuncSetAttribute(kTouches[number], cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+}
+int shared_limit(int number) { return limit(number); }
+void run_from_host_threads(int number, const int* sizes, int count, int times, int* failed, int* lowered) {
+  const Mishaps found = launch_from_host_threads(number, {sizes, sizes + count}, times);
+  *failed = found.failed;
+  *lowered = found.lowered;
+}
+int last_error() { return cudaGetLastError(); }
+int launches() { return host_launches; }  // so far
+void set_chip(int device, int shared_bytes) {
+  host_device = device;
+  host_shared_bytes = shared_bytes;
+}
+
 void widen(const uint16_t* bits, float* out, int count, bool bf16) {
   for (int i = 0; i < count; ++i) out[i] = bf16 ? __bfloat162float({bits[i]}) : __half2float({bits[i]});
 }
@@ -328,8 +398,12 @@ void narrow(const float* x, uint16_t* bits, int count, bool bf16) {
 
 }  // extern "C"
 
-// The kernel to run under a sanitizer.
+// The kernel to run under a sanitizer, or "host_threads".
 int main(int count, char** arguments) {
   if (count != 2) return 2;
+  if (std::string(arguments[1]) == "host_threads") {
+    const Mishaps found = launch_from_host_threads(0, {60 << 10, 200 << 10}, 50);
+    return found.failed + found.lowered == 0 ? 0 : 1;
+  }
   return run_kernel(arguments[1]) == cudaSuccess ? 0 : 1;
 }

@@ -3,6 +3,7 @@
 import ctypes
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -228,6 +229,114 @@ def test_ignored_rows_are_zero_whatever_is_in_them(host: ctypes.CDLL, V: int) ->
         assert gradient is not None
         assert (gradient.abs().sum(-1) > 0).tolist() == [True, False, True, False, True]
     assert run.loss.isfinite()
+
+
+SPAN = 16384  # rows that one block counts, and whose losses it adds
+# Its low 32 bits are those of 0, a target.
+FAR_INDEX = -(2**40)
+
+
+class ManyRows:
+    """Rows of one logit, whose loss with a z-loss of 1 is the logit's square. As integers all sums are exact."""
+
+    def __init__(self, host: ctypes.CDLL, N: int, kept: str = "three_quarters") -> None:
+        row = torch.arange(N)
+        self.kept = {
+            "all": row >= 0,
+            "three_quarters": row % 4 != 1,
+            "one_of_each_span": row % SPAN == 7,
+            "the_last": row == N - 1,
+            "none": row < 0,
+        }[kept]
+        logits = torch.randint(1, 6, (N, 1), generator=torch.Generator().manual_seed(N)).float()
+        targets = torch.where(self.kept, 0, FAR_INDEX)
+        self.runs = {
+            reduction: Run(host, logits, targets, z_loss=1.0, ignore_index=FAR_INDEX, reduction=reduction)
+            for reduction in REDUCTIONS
+        }
+        losses = torch.where(self.kept, logits[:, 0] ** 2, 0)
+        total, self.count = losses.double().sum(), max(int(self.kept.sum()), 1)
+        self.losses = {"none": losses, "sum": total.float(), "mean": (total / self.count).float()}
+        self.gradient = torch.where(self.kept[:, None], 2 * logits, 0)  # of the sum
+
+    def check_loss(self, reduction: str) -> None:
+        assert torch.equal(self.runs[reduction].loss, self.losses[reduction])
+
+    def check_gradient(self, reduction: str, gradient: Tensor | None) -> None:
+        wanted = self.gradient / self.count if reduction == "mean" else self.gradient
+        torch.testing.assert_close(gradient, wanted, rtol=1e-6, atol=0)
+
+
+# On both sides of one span and of two; and where a thread has no row, or one more than others.
+@pytest.mark.parametrize("kept", ["all", "three_quarters", "one_of_each_span", "the_last", "none"])
+@pytest.mark.parametrize("N", [1, 1023, 1025, SPAN - 1, SPAN, SPAN + 1, 2 * SPAN, 2 * SPAN + 1])
+def test_sums_over_many_rows(host: ctypes.CDLL, N: int, kept: str) -> None:
+    many = ManyRows(host, N, kept)
+    for reduction in ("sum", "mean"):
+        many.runs[reduction].forward(with_gradient=False)
+        many.check_loss(reduction)
+    many.check_gradient("mean", many.runs["mean"].backward(torch.tensor(1.0)))
+
+
+@pytest.mark.parametrize("N", [SPAN, 5 * SPAN - 1])
+def test_gradients_of_many_rows_and_two_calls_give_the_same_bits(host: ctypes.CDLL, N: int) -> None:
+    one, two = ManyRows(host, N), ManyRows(host, N)
+    for reduction in REDUCTIONS:
+        gradients = [many.runs[reduction].forward(with_gradient=True) for many in (one, two)]
+        one.check_loss(reduction)
+        two.check_loss(reduction)
+        one.check_gradient(reduction, gradients[0])
+        assert torch.equal(*gradients)
+
+
+def sum_in_order(losses: Tensor) -> Tensor:
+    """In float64: in a span those of every 1024th row, then these sums in pairs, fours, …; so too the spans' sums."""
+
+    def sum_of_block(x: Tensor) -> Tensor:
+        rounds = torch.nn.functional.pad(x, (0, -len(x) % 1024)).reshape(-1, 1024)
+        sums = torch.zeros(1024, dtype=torch.float64)
+        for numbers in rounds:
+            sums = sums + numbers
+        while len(sums) > 1:
+            sums = sums[::2] + sums[1::2]
+        return sums[0]
+
+    spans = [sum_of_block(span) for span in losses.double().split(SPAN)]
+    return sum_of_block(torch.stack(spans)).float()
+
+
+@pytest.mark.parametrize("N", [700, SPAN, 3 * SPAN - 5])
+@pytest.mark.usefixtures("chip")
+def test_losses_are_added_in_one_order_on_every_chip(host: ctypes.CDLL, N: int) -> None:
+    """The float32 result shows it: 2^24 + 1 is a tie, which small losses break if they meet before they meet 2^24,
+    where each alone is less than half a digit of a float64."""
+    random = np.random.default_rng(N)
+    seen = set()
+    for _ in range(8):
+        logits = torch.zeros(N, 1)
+        rows = random.choice(N, 4, replace=False)
+        logits[rows, 0] = torch.tensor([2.0**12, 1, *[1.25 * 2**-15] * 2])
+        run = Run(host, logits, torch.zeros(N, dtype=torch.int64), z_loss=1.0, reduction="sum")
+        run.forward(with_gradient=False)
+        assert run.loss == sum_in_order(logits[:, 0] ** 2)
+        seen.add(run.loss.item())
+    assert seen == {2.0**24, 2.0**24 + 2}
+
+
+# A block is enough for one span; for more, a second launch adds what the blocks found.
+@pytest.mark.parametrize(("N", "of_a_sum"), [(0, 1), (1, 1), (SPAN, 1), (SPAN + 1, 2), (3 * SPAN, 2)])
+def test_launches_and_bytes_of_the_workspace(host: ctypes.CDLL, N: int, of_a_sum: int) -> None:
+    host.workspace_bytes.restype = ctypes.c_int64
+    of_rows = min(N, 1)
+    launches = {"none": of_rows, "sum": of_rows + of_a_sum, "mean": of_rows + 2 * of_a_sum}
+    count_and_losses = 16 + 4 * N
+    several = -(-count_and_losses // 8) * 8 + 8 * -(-N // SPAN)
+    for reduction, run in ManyRows(host, N).runs.items():
+        before = host.launches()
+        run.forward(with_gradient=False)
+        assert host.launches() - before == launches[reduction]
+        wanted = 0 if reduction == "none" else count_and_losses if of_a_sum == 1 else several
+        assert host.workspace_bytes(ctypes.byref(run.problem)) == wanted
 
 
 def test_the_normalisers_give_lse(host: ctypes.CDLL) -> None:

@@ -1,6 +1,7 @@
 """The shim that runs CUDA kernels on the CPU: it computes what the PTX manual says, and notices what is wrong."""
 
 import ctypes
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -121,6 +122,68 @@ def test_conversions_are_torchs(shim: ctypes.CDLL, dtype: torch.dtype) -> None:
     torch.testing.assert_close(narrow.view(dtype), x.to(dtype), rtol=0, atol=0, equal_nan=True)
 
 
+# Below, touch_ends<0>, <1>, … are kernels of one test each: what may be launched depends on what was before.
+KIB = 1 << 10
+CHIP = 227 * KIB  # shared memory that a block can have
+INVALID_VALUE = 1
+
+
+@pytest.fixture
+def chip(shim: ctypes.CDLL) -> Iterator[Callable[[int, int], None]]:
+    """Moves to a device of so much shared memory."""
+    yield shim.set_chip
+    shim.set_chip(0, CHIP)
+
+
+def test_a_bare_launch_has_what_the_attribute_says(shim: ctypes.CDLL) -> None:
+    def largest(number: int, *sizes: int) -> int:
+        return max(size for size in sizes if shim.run_touch_ends_bare(number, size) == 0)
+
+    assert shim.run_touch_ends_bare(0, 48 * KIB + 1) == INVALID_VALUE
+    assert largest(0, 1, 48 * KIB, 48 * KIB + 1) == 48 * KIB
+    assert shim.set_shared_limit(0, 100 * KIB) == 0
+    assert largest(0, 1, 100 * KIB, 100 * KIB + 1) == 100 * KIB
+    assert largest(1, 48 * KIB, 100 * KIB) == 48 * KIB  # another kernel
+    assert shim.set_shared_limit(0, 60 * KIB) == 0
+    assert largest(0, 60 * KIB, 60 * KIB + 1, 100 * KIB) == 60 * KIB
+    for impossible in (-1, CHIP + 1):
+        assert shim.set_shared_limit(0, impossible) == INVALID_VALUE
+        assert shim.last_error() == INVALID_VALUE
+        assert shim.last_error() == 0
+    assert largest(0, 60 * KIB, 60 * KIB + 1) == 60 * KIB
+
+
+def test_a_small_launch_leaves_the_limit_of_a_large_one(shim: ctypes.CDLL) -> None:
+    assert shim.shared_limit(2) == 48 * KIB
+    for size in (48 * KIB + 1, 200 * KIB, 60 * KIB, 1, 48 * KIB):
+        assert shim.run_touch_ends(2, size) == 0
+        assert shim.shared_limit(2) == CHIP
+
+
+def test_host_threads_that_launch_one_kernel_do_not_disturb_each_other(shim: ctypes.CDLL) -> None:
+    failed, lowered = ctypes.c_int(-1), ctypes.c_int(-1)
+    sizes = (ctypes.c_int * 2)(60 * KIB, 200 * KIB)
+    shim.run_from_host_threads(3, sizes, 2, 3000, ctypes.byref(failed), ctypes.byref(lowered))
+    assert (failed.value, lowered.value) == (0, 0)
+
+
+def test_every_device_gets_a_limit_of_its_own(shim: ctypes.CDLL, chip: Callable[[int, int], None]) -> None:
+    for device, shared in ((0, CHIP), (1, 99 * KIB), (2, 163 * KIB)):
+        chip(device, shared)
+        assert shim.run_touch_ends(4, shared) == 0
+        assert shim.run_touch_ends(4, shared + 1) == INVALID_VALUE
+        assert shim.shared_limit(4) == shared
+
+
+@pytest.mark.parametrize("size", [CHIP + 1, 2**31 - 1])
+def test_a_launch_of_more_than_the_chip_has_is_an_error_of_its_own(shim: ctypes.CDLL, size: int) -> None:
+    before = shim.launches()
+    assert shim.run_touch_ends(5, size) == INVALID_VALUE
+    assert shim.launches() == before  # launch.cuh says so, whatever a launch would say
+    assert shim.last_error() == 0
+    assert shim.run_touch_ends(5, CHIP) == 0
+
+
 @pytest.mark.parametrize(
     ("kernel", "said"),
     [
@@ -166,6 +229,7 @@ def test_sanitizers_see_what_is_wrong(kind: str, kernel: str, said: str) -> None
 
 
 @pytest.mark.parametrize("kind", ["asan", "tsan"])
-def test_sanitizers_are_silent_where_nothing_is_wrong(kind: str) -> None:
-    done = run_watched("shim", kind, "fine")
+@pytest.mark.parametrize("what", ["fine", "host_threads"])
+def test_sanitizers_are_silent_where_nothing_is_wrong(what: str, kind: str) -> None:
+    done = run_watched("shim", kind, what)
     assert (done.returncode, done.stderr) == (0, "")
