@@ -83,7 +83,8 @@ def causal_attention(
     bfloat16, float16 and float32 are accumulated in float32, inside autocast regions too. There q, k and v may have
     different dtypes (a normalised q beside a v from a linear layer): then all three are cast to the region's dtype.
 
-    Raises ValueError for tensors that do not fit together, ConfigError when `impl` cannot run.
+    Raises ValueError for tensors that do not fit together, ConfigError when `impl` cannot run, RuntimeError when a CUDA
+    graph would capture dropout, in either pass: the seed is read on the host, so replays would repeat one mask.
     """
     if not q.dtype == k.dtype == v.dtype and torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)

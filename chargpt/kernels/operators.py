@@ -3,6 +3,10 @@
 Every implementation has the same operators in a namespace of its own, so that two of them can serve one device. An
 operator is what torch.compile, fake tensors and dispatch modes can see. Inside torch.func transforms the reference
 computes, because they do not look into operators that are registered from Python.
+
+The dropout seed lies on the CPU and becomes an argument of the launch, which a CUDA graph would repeat at every replay.
+So torch.compile leaves attention out of its graphs, by a tag that cannot depend on dropout; a graph that somebody else
+captures may hold attention without dropout, and with dropout it is refused.
 """
 
 from collections.abc import Callable
@@ -12,6 +16,7 @@ import torch
 from torch import Tensor
 
 from chargpt.kernels import reference
+from chargpt.kernels.philox import refuse_capture
 
 MAX_HEAD_SIZE = 256  # the largest D that the kernels take: kMaxHeadSize in csrc/
 _ATTENTION_NAMES = ("scale", "dropout_p", "window", "seed")
@@ -101,18 +106,26 @@ class Operators:
         self._register(
             "causal_attention",
             f"(Tensor q, Tensor k, Tensor v, {_ATTENTION_OPTIONS}) -> (Tensor out, Tensor lse)",
-            lambda *arguments: self._kernels().causal_attention_forward(*arguments),
+            lambda *arguments: self._attend("causal_attention_forward", *arguments),
             _fake_attend,
             (_save_for_attend, differentiate),
+            (torch.Tag.cudagraph_unsafe,),
         )
         self._register(
             "causal_attention_backward",
             "(Tensor? out_gradient, Tensor? lse_gradient, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
             f"{_ATTENTION_OPTIONS}) -> (Tensor dq, Tensor dk, Tensor dv)",
-            lambda *arguments: self._kernels().causal_attention_backward(*arguments),
+            lambda *arguments: self._attend("causal_attention_backward", *arguments),
             _fake_attend_backward,
             (_save_for_attend_backward, _differentiate_attend_backward),
+            (torch.Tag.cudagraph_unsafe,),
         )
+
+    def _attend(self, kernel: str, *arguments: Any) -> Any:
+        """Call a kernel of attention, whose last argument is the seed, or None."""
+        if self._device == "CUDA" and arguments[-1] is not None:
+            refuse_capture()
+        return getattr(self._kernels(), kernel)(*arguments)
 
     def _register_cross_entropy(self) -> None:
         def differentiate(ctx: Any, loss_gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
@@ -142,9 +155,10 @@ class Operators:
         kernel: Callable[..., Any],
         fake: Callable[..., Any],
         autograd: tuple[Callable[..., Any], Callable[..., Any]] | None = None,
+        tags: tuple[torch.Tag, ...] = (),
     ) -> None:
         """autograd: what to save, and how to differentiate."""
-        self._library.define(name + schema)  # type: ignore[no-untyped-call]
+        self._library.define(name + schema, tags=tags)  # type: ignore[no-untyped-call]
         self._library.impl(name, kernel, self._device)  # type: ignore[no-untyped-call]
         qualified = f"{self._library.ns}::{name}"
         torch.library.register_fake(qualified, fake, lib=self._library)

@@ -38,13 +38,21 @@ def dropout_keep_mask(
 ) -> Tensor:
     """Which attention weights survive dropout: bool (batch_heads, queries, keys). The rule for all implementations:
 
-    - seed: a 0-dimensional int64; Philox's key is (seed mod 2^32, seed // 2^32).
+    - seed: a 0-dimensional int64, on `device` or on the CPU; Philox's key is (seed mod 2^32, seed // 2^32).
     - Philox's counter is (key position // 4, query position, batch · H + head, 0), and its output word j decides for
       the key position with remainder j modulo 4.
     - Positions are absolute: key s of the S keys has position s, query i of the T queries has position S − T + i.
       So a decision does not depend on T, on S, or on how the work is tiled.
     - A weight is dropped where its word is < floor(p · 2^32); the others are multiplied by 1 / (1 − p).
+
+    Raises RuntimeError for a seed on the CPU and a mask on a GPU whose current stream is captured.
     """
+    if torch.compiler.is_compiling():
+        # inductor would read it on the host for every launch, and nothing would refuse to capture that. A copy is what
+        # torch refuses to capture, and inductor leaves out of its own graphs. The host does not wait for it.
+        seed = seed.to(device, non_blocking=True)
+    elif seed.device.type == "cpu" and torch.device(device).type == "cuda":
+        refuse_capture()
 
     def words(start: int, end: int) -> Tensor:
         return torch.arange(start, end, device=device)
@@ -58,3 +66,12 @@ def dropout_keep_mask(
     )
     random = torch.stack(philox_4x32(counter, (seed & LOW, (seed >> 32) & LOW)), dim=-1)  # (BH, T, S/4, 4)
     return (random >= int(p * 2**32)).reshape(batch_heads, queries, 4 * blocks)[..., :keys]
+
+
+def refuse_capture() -> None:
+    """Raise RuntimeError while the current CUDA stream is captured: a graph would keep the seed that the host reads."""
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "attention with dropout cannot be captured in a CUDA graph, because its seed is read on the host and every "
+            "replay would drop the same weights; capture with dropout_p=0, or run the step without a graph"
+        )

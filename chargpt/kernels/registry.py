@@ -3,11 +3,13 @@
 An implementation is one entry of `IMPLEMENTATIONS`, in order of preference: "auto" takes the first that can serve the
 operation on the tensor's device and dtype, and the last, the reference, serves everything.
 
-On a GPU that order prefers CUDA to Triton. This is reasoned, not measured. The CUDA kernels are made for what this
-project trains: up to 512 positions they keep a head's keys and values in shared memory, and they compile before a run,
-not in its first steps. From some 1024 positions on, with heads of 64 channels and more, Triton should be faster on a
-Hopper GPU, because it emits that generation's matrix instructions (wgmma); ask for it by name there. The choice is made
-once for a device and a dtype and does not see shapes, so that one run is computed by one implementation throughout.
+On a GPU "auto" takes only what has passed all checks on that kind of GPU, as recorded in proven.json; any other
+implementation that can run there computes when it is asked for by name. The order prefers CUDA to Triton. This is
+reasoned, not measured. The CUDA kernels are made for what this project trains: up to 512 positions they keep a head's
+keys and values in shared memory, and they compile before a run, not in its first steps. From some 1024 positions on,
+with heads of 64 channels and more, Triton should be faster on a Hopper GPU, because it emits that generation's matrix
+instructions (wgmma); ask for it by name there. The choice is made once for a device and a dtype and does not see
+shapes, so that one run is computed by one implementation throughout.
 """
 
 import functools
@@ -19,7 +21,7 @@ from typing import Any, Literal
 import torch
 
 from chargpt.errors import ConfigError
-from chargpt.kernels import cpp, cuda, native, reference, triton
+from chargpt.kernels import cpp, cuda, native, proven, reference, triton
 from chargpt.kernels.triton import operators as triton_operators
 
 Operation = Literal["causal_attention", "softmax_cross_entropy", "add_rms_norm", "qkv_heads", "relu_squared"]
@@ -43,6 +45,7 @@ class Implementation:
     devices: tuple[str, ...] | None = None  # device types it runs on; None: all
     dtypes: tuple[torch.dtype, ...] | None = None  # dtypes it takes; None: all floating ones
     problem: Callable[[], str | None] = lambda: None  # why it cannot run in this process
+    unproven: Callable[[], str | None] = lambda: None  # why "auto" leaves it alone all the same where it can run
 
 
 IMPLEMENTATIONS = (
@@ -54,6 +57,7 @@ IMPLEMENTATIONS = (
         devices=("cuda",),
         dtypes=(torch.float32, torch.bfloat16, torch.float16),
         problem=cuda.problem,
+        unproven=lambda: proven.why_not("cuda"),
     ),
     Implementation(
         "triton",
@@ -63,6 +67,7 @@ IMPLEMENTATIONS = (
         devices=("cuda",),
         dtypes=(torch.float32, torch.bfloat16, torch.float16),
         problem=triton.problem,
+        unproven=lambda: proven.why_not("triton"),
     ),
     Implementation(
         "cpp",
@@ -102,7 +107,7 @@ def available_implementations() -> tuple[str, ...]:
 
 
 def describe_implementations() -> dict[str, str]:
-    """For every known name, best first: "available: …", or "not available: …" with the reason."""
+    """For every known name, best first: "available: …", with what "auto" has against it, or "not available: …"."""
     absences = {entry: _absence(entry) for entry in IMPLEMENTATIONS}
     return {
         entry.name: f"available: {entry.summary}{_limits(entry)}" if absence is None else f"not available: {absence}"
@@ -118,6 +123,7 @@ def resolve(operation: Operation, device: torch.device | str, dtype: torch.dtype
     device_type = torch.device(device).type
     refusals = {entry.name: _refusal(entry, operation, device_type, dtype) for entry in IMPLEMENTATIONS}
     if impl == "auto":
+        refusals = {entry.name: refusals[entry.name] or entry.unproven() for entry in IMPLEMENTATIONS}
         name = next(name for name, refusal in refusals.items() if refusal is None)
         better = list(refusals)[: list(refusals).index(name)]
         reasons = [f"not {other}, because {refusals[other]}" for other in better]
@@ -157,7 +163,9 @@ def _absence(entry: Implementation) -> str | None:
 def _limits(entry: Implementation) -> str:
     """What an implementation that can run here leaves to others, as the end of a sentence."""
     missing = [operation for operation in OPERATIONS if operation not in SMALL and getattr(entry, operation) is None]
-    return f", without {' and '.join(missing)}" if missing else ""
+    limits = f", without {' and '.join(missing)}" if missing else ""
+    unproven = entry.unproven()
+    return limits if unproven is None else f"{limits}; auto leaves them alone: {unproven}"
 
 
 def _refusal(entry: Implementation, operation: Operation, device_type: str, dtype: torch.dtype) -> str | None:

@@ -5,15 +5,22 @@ operators, in test_attention.py and test_cross_entropy.py.
 """
 
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
+from torch._inductor.utils import get_first_incompatible_cudagraph_node
 
-from chargpt.kernels import reference
+from chargpt.kernels import cuda, reference
 from chargpt.kernels.operators import OperatorsWithGradient
 from chargpt.kernels.philox import dropout_keep_mask
+from chargpt.kernels.triton import operators as triton
 
 from .cases import ATTENTION_CASES, CROSS_ENTROPY_CASES, AttentionCase, CrossEntropyCase
 
@@ -108,6 +115,13 @@ def cross_entropy(logits: Tensor, targets: Tensor, *options: Any) -> Tensor:
 
 OPERATORS = OperatorsWithGradient("chargpt_test", "CPU", Kernels)
 OPS = torch.ops.chargpt_test
+# A GPU's operators, whose kernels get the CPU's tensors.
+GPU_OPERATORS = OperatorsWithGradient("chargpt_test_gpu", "CUDA", Kernels)
+GPU_OPS = torch.ops.chargpt_test_gpu
+GPU_KEY = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+redirected = torch.library.Library("chargpt_test_gpu", "IMPL")
+for name in ("causal_attention", "causal_attention_backward"):
+    redirected.impl(name, partial(getattr(GPU_OPS, name).default.redispatch, GPU_KEY), "CPU")
 
 
 @pytest.fixture(autouse=True)
@@ -295,3 +309,129 @@ def test_opcheck(reduction: str) -> None:
     torch.library.opcheck(OPS.softmax_cross_entropy_backward.default, given)
     torch.library.opcheck(OPS.softmax_cross_entropy_with_gradient.default, (logits, targets, *options))
     torch.library.opcheck(OPS.scale_.default, (logits, torch.tensor(2.0)))
+
+
+# --------------------------------------------------------------------------------------------------------- CUDA graphs
+
+
+def test_torch_compile_leaves_exactly_the_operators_with_a_seed_out_of_its_graphs() -> None:
+    names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("chargpt")]
+    operators = [getattr(getattr(torch.ops, name.split("::")[0]), name.split("::")[1]).default for name in names]
+    tagged = {op.name() for op in operators if torch.Tag.cudagraph_unsafe in op.tags}
+    assert tagged == {op.name() for op in operators if any(x.name == "seed" for x in op._schema.arguments)}
+    attention = ("causal_attention", "causal_attention_backward")
+    assert {f"{namespace}::{name}" for namespace in ("chargpt_cuda", "chargpt_triton") for name in attention} <= tagged
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_inductor_finds_attention_in_both_passes(dropout_p: float) -> None:
+    """By the function that it asks when it does not split its graphs. When it does, it asks the same of each node."""
+    found, compiler = [], graphs_of(lambda graph: found.append(get_first_incompatible_cudagraph_node(graph)))
+    case, seed = AttentionCase("graph"), torch.tensor(5)
+    options: dict[str, Any] = {"scale": 0.4, "dropout_p": dropout_p, "window": None, "return_lse": False}
+
+    def attend(*qkv: Tensor) -> Any:
+        return OPERATORS.causal_attention(*qkv, **options, seed=seed if dropout_p else None)
+
+    torch.compile(attend, fullgraph=True, backend=compiler)(*case.inputs()).sum().backward()
+    assert [node.target for node in found] == [OPS.causal_attention.default, OPS.causal_attention_backward.default]
+
+
+def test_inductor_may_keep_cross_entropy_in_its_graphs() -> None:
+    found, compiler = [], graphs_of(lambda graph: found.append(get_first_incompatible_cudagraph_node(graph)))
+    logits, targets = CrossEntropyCase("graph").inputs()
+    torch.compile(loss_of, fullgraph=True, backend=compiler)(logits, targets).backward()
+    assert found == [None, None]
+
+
+def graphs_of(look: Callable[[torch.fx.GraphModule], object]) -> Any:
+    """A backend that shows the graphs of both passes, as inductor gets them, and runs them as they are."""
+
+    def compiler(graph: torch.fx.GraphModule, _: Any) -> Any:
+        look(graph)
+        return make_boxed_func(graph)
+
+    return aot_autograd(fw_compiler=compiler, bw_compiler=compiler)
+
+
+@pytest.fixture
+def stream(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    state = SimpleNamespace(captured=False)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state.captured)
+    return state
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_capture_refuses_dropout_in_both_passes_and_nothing_else(stream: SimpleNamespace, compiled: bool) -> None:
+    """A replay would repeat the mask of the capture."""
+
+    def call(dropout_p: float, *qkv: Tensor) -> Any:
+        seed = torch.tensor(5) if dropout_p else None
+        options: dict[str, Any] = {"scale": 0.4, "dropout_p": dropout_p, "window": None, "seed": seed}
+        return GPU_OPERATORS.causal_attention(*qkv, **options, return_lse=False)
+
+    if compiled:
+        torch.compiler.reset()
+        call = torch.compile(call, fullgraph=True, backend="aot_eager")
+    inputs = AttentionCase("capture").inputs()
+    refusal = (
+        r"dropout cannot be captured in a CUDA graph, because .*; capture with dropout_p=0, or run the step without"
+    )
+    stream.captured = False
+    out = call(0.3, *inputs)
+    torch.autograd.grad(out.sum(), inputs, retain_graph=True)
+    stream.captured = True
+    with pytest.raises(RuntimeError, match=refusal):
+        call(0.3, *inputs)
+    with pytest.raises(RuntimeError, match=refusal):
+        torch.autograd.grad(out.sum(), inputs)
+    assert calls == {"attend": 1, "attend backward": 1}
+    torch.autograd.grad(call(0.0, *inputs).sum(), inputs)
+    assert calls == {"attend": 2, "attend backward": 2}
+
+
+@pytest.mark.parametrize("operators", [cuda._OPERATORS, triton._OPERATORS], ids=["cuda", "triton"])
+def test_the_kernels_of_both_implementations_refuse_it(
+    stream: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, operators: OperatorsWithGradient
+) -> None:
+    monkeypatch.setattr(operators, "_kernels", lambda: Kernels)
+    q, k, v = (x.detach() for x in AttentionCase("capture").inputs())
+    out, lse = attend(q, k, v, 0.4, 0.0, None, None)
+    forward, backward = (
+        partial(getattr(operators._ops, name).default.redispatch, GPU_KEY, *tensors)
+        for name, tensors in (
+            ("causal_attention", (q, k, v)),
+            ("causal_attention_backward", (out, None, q, k, v, out, lse)),
+        )
+    )
+    stream.captured = True
+    for kernel in (forward, backward):
+        kernel(0.4, 0.0, None, None)
+        with pytest.raises(RuntimeError, match="dropout cannot be captured"):
+            kernel(0.4, 0.3, None, torch.tensor(5))
+    stream.captured = False
+    for kernel in (forward, backward):
+        kernel(0.4, 0.3, None, torch.tensor(5))
+    assert calls == {"attend": 2, "attend backward": 2}
+
+
+def test_the_reference_refuses_it_on_a_gpu_only(stream: SimpleNamespace) -> None:
+    stream.captured = True
+    with pytest.raises(RuntimeError, match="dropout cannot be captured"):
+        dropout_keep_mask(torch.tensor(5), 0.3, 2, 3, 4, "cuda:0")
+    dropout_keep_mask(torch.tensor(5), 0.3, 2, 3, 4)
+    case = AttentionCase("capture")
+    attention(case, *case.inputs(), dropout_p=0.3)
+
+
+def test_compiled_the_reference_copies_the_seed_to_the_device_before_it_computes_with_it() -> None:
+    """That copy torch refuses to capture. A seed on the CPU would be read on the host, at each launch, and frozen."""
+    on_cpu = []
+
+    def look(graph: torch.fx.GraphModule) -> None:
+        tensors = [node for node in graph.graph.nodes if isinstance(node.meta.get("val"), Tensor)]
+        on_cpu.extend(node.op for node in tensors if node.meta["val"].device.type == "cpu")
+
+    mask = torch.compile(lambda seed: dropout_keep_mask(seed, 0.3, 2, 3, 4, "meta"), backend=graphs_of(look))
+    mask(torch.tensor(5))
+    assert on_cpu == ["placeholder"]

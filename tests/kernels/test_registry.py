@@ -16,6 +16,7 @@ from chargpt.kernels import (
     cuda,
     describe_implementations,
     native,
+    proven,
     reference,
     registry,
     resolve,
@@ -88,10 +89,15 @@ def test_auto_takes_the_first_that_serves(monkeypatch: pytest.MonkeyPatch) -> No
         resolve("softmax_cross_entropy", "cpu", torch.bfloat16, "half")
 
 
-def with_problems(monkeypatch: pytest.MonkeyPatch, **problems: str | None) -> None:
-    """The real table, on a machine where the named implementations have these problems, or none."""
+def with_problems(monkeypatch: pytest.MonkeyPatch, unproven: str | None = None, **problems: str | None) -> None:
+    """The real table, on a machine where the named implementations have these problems, or none.
+
+    unproven: what "auto" has against each of them
+    """
     table = [
-        replace(entry, problem=lambda problem=problems[entry.name]: problem) if entry.name in problems else entry
+        replace(entry, problem=lambda problem=problems[entry.name]: problem, unproven=lambda: unproven)
+        if entry.name in problems
+        else entry
         for entry in registry.IMPLEMENTATIONS
     ]
     monkeypatch.setattr(registry, "IMPLEMENTATIONS", tuple(table))
@@ -122,6 +128,45 @@ def test_auto_on_a_gpu_takes_cuda_then_triton(
     before = list(problems)[: list(problems).index(chosen)] if chosen in problems else problems
     assert all(f"not {name}, because {problems[name]}" in choice.reason for name in before)
     assert resolve(operation, "cpu", dtype).name in ("cpp", "torch")
+
+
+UNPROVEN = "no pass of `make gpu` is recorded for compute capability 9.0"
+
+
+@pytest.mark.parametrize("operation", ["causal_attention", "softmax_cross_entropy"])
+def test_auto_leaves_alone_what_is_unproven_here_and_a_name_does_not(
+    monkeypatch: pytest.MonkeyPatch, operation: registry.Operation
+) -> None:
+    with_problems(monkeypatch, UNPROVEN, cuda=None, triton=None)
+    choice = resolve(operation, "cuda", torch.bfloat16)
+    assert choice.name == "torch"
+    assert choice.reason == (
+        f"not cuda, because {UNPROVEN}; not triton, because {UNPROVEN}; not cpp, because {cpp_on_a_gpu()}"
+    )
+    for name in ("cuda", "triton"):
+        assert resolve(operation, "cuda", torch.bfloat16, name) == Choice(name, "asked for by name")
+    assert {"cuda", "triton"} < set(available_implementations())
+    with_problems(monkeypatch, cuda="not built", triton=None)
+    assert resolve(operation, "cuda", torch.bfloat16).name == "triton"
+
+
+def cpp_on_a_gpu() -> str:
+    return native.load().problem or "it runs on cpu, not on cuda"
+
+
+def test_what_auto_leaves_alone_is_described_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_problems(monkeypatch, UNPROVEN, cuda=None, triton="not installed")
+    described = describe_implementations()
+    assert described["cuda"] == f"available: CUDA kernels; auto leaves them alone: {UNPROVEN}"
+    assert described["triton"] == "not available: not installed"
+    with_problems(monkeypatch, cuda=None)
+    assert describe_implementations()["cuda"] == "available: CUDA kernels"
+
+
+def test_the_gpus_kernels_and_no_others_must_be_proven(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proven, "why_not", lambda name: f"{name} is unproven")
+    found = {entry.name: entry.unproven() for entry in registry.IMPLEMENTATIONS}
+    assert found == {"cuda": "cuda is unproven", "triton": "triton is unproven", "cpp": None, "torch": None}
 
 
 @pytest.mark.parametrize("operation", registry.SMALL)
