@@ -6,7 +6,7 @@ FlashAttention-2 (Dao 2023, algorithms 1 and 2), one program for each tile of th
   backward  δ = rowsum(dO ∘ O); then P = exp(S − lse) again, dP = dO Vᵀ, dS = P ∘ (dP − δ + dlse), in two kernels: K
             and V stay while dV += Pᵀ dO and dK += dSᵀ Q; Q and dO stay while dQ += dS K
   causality Only tiles that some query of the tile sees are visited, and only those on the diagonal are masked. (With a
-            window all are: a third loop for the tiles inside it costs registers that spill.)
+            window all are, and those of dK and dV under dropout: another loop costs registers that spill.)
 Nothing is added up by two programs, so there are no atomics and every bit is the same in every run; for that S and dP
 are computed twice in the backward, 7 products for each tile instead of 5.
 
@@ -230,7 +230,8 @@ def key_gradients_kernel(
 ):  # fmt: skip
     """dK and dV for BLOCK_N keys of one key head, over the queries of the GROUP query heads that read it.
 
-    Tiles of S and dP are transposed here, (BLOCK_N, BLOCK_M): as such they are left operands without being moved.
+    Tiles of S and dP are transposed here, (BLOCK_N, BLOCK_M): as such they are left operands without being moved, and
+    BLOCK_N, at least 64, is the side that `wgmma` wants 64 of.
     With dropout dS = P ∘ (keep ∘ dP / kept − δ + dlse): the division waits for the end.
     """
     tiles = tl.cdiv(S, BLOCK_N)
@@ -241,12 +242,13 @@ def key_gradients_kernel(
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     bounds = query_bounds(first, T, S, window, WINDOWED, BLOCK_M, BLOCK_N)
+    ALL_COMPARED: tl.constexpr = WINDOWED or DROPOUT
     for member in range(GROUP):
         h = h_kv * GROUP + member
         batch_head = batch * H + h
         Q_h, dO_h = head_of(Q, q_strides, batch, h), head_of(dO, do_strides, batch, h)
-        for part in tl.static_range(0, 1 if WINDOWED else 2):
-            for start in tl.range(bounds[part], bounds[part + 1], BLOCK_M):
+        for part in tl.static_range(0, 1 if ALL_COMPARED else 2):
+            for start in tl.range(bounds[part], bounds[2 if ALL_COMPARED else part + 1], BLOCK_M):
                 q = load_tile(Q_h, q_strides, start, T, True, D, BLOCK_M, BLOCK_D)
                 do = load_tile(dO_h, do_strides, start, T, True, D, BLOCK_M, BLOCK_D)
                 lse, delta, dlse = load_rows(LSE, DELTA, dLSE, kept, batch_head, start, T, BLOCK_M)
@@ -457,35 +459,36 @@ def _fit(tiles: Config, T: int, S: int) -> Config:
 
 def _default(kernel: str, q: Tensor, options: dict[str, Any]) -> Config:
     """The table's tiles. The random words of dropout, and a window's comparisons in every tile, take the registers that
-    a head of twice the size would. Heads that are no multiple of 16 bytes, whose elements are loaded one by one, each
+    half as many channels more would. Heads that are no multiple of 16 bytes, whose elements are loaded one by one, each
     by its own address, take the smallest tiles."""
     table = TILES[kernel, q.element_size()]
     if options["D"] * q.element_size() % 16 != 0:
         return table[-1][1]
-    size = options["BLOCK_D"] * (2 if options["DROPOUT"] or options["WINDOWED"] else 1)
+    size = options["BLOCK_D"] * (1.5 if options["DROPOUT"] or options["WINDOWED"] else 1)
     return next(tiles for largest, tiles in table if size <= largest)
 
 
 # By kernel and bytes of an element: (largest D, tiles). Reasoned, not measured on a GPU: large tiles that compile
-# without spilling a register for sm_80 and sm_90. What larger ones spilled, in bytes:
+# without spilling a register for sm_80 and sm_90, and, for 16 bits and up to 128 channels, to `wgmma` on sm_90, which
+# wants 64 rows of S: queries, or the keys of dK and dV. What larger ones spilled for them, in bytes, with Triton 3.6:
 #   forward        128 x 64, D = 128 with a window: 8 (sm_80), 24 with 2 stages
-#   key_gradients  64 x 64, D = 64: 40 and 48 (sm_80, sm_90); 64 x 128: 32 and 56; D = 128: 32 x 64: 0 and 16, 32 x 128:
-#                  80 and 32, 64 x 64: 24 and 224; 32 x 32 with 4 warps: 8 and 0
+#   key_gradients  D = 64: 32 x 64 and 32 x 128: 48 and 0 (sm_80, sm_90); D = 128: 32 x 64: 0 and 16, 32 x 128: 312 and
+#                  48, 64 x 64: 48 and 688, 16 x 64 with 4 warps: 40 and 104; with dropout 16 x 128: 32 and 0
 #   float32        is multiplied outside the tensor cores, from registers, and takes smaller ones; left to choose the
 #                  number of registers, ptxas spilled 8 to 32 bytes. Forward, D = 256 with dropout, 8 warps: 8
 TILES = {
-    ("forward", 2): [(128, _tiles(128, 64, 8, 3)), (512, _tiles(64, 32, 8, 2))],
-    ("key_gradients", 2): [(64, _tiles(32, 128, 8, 2)), (128, _tiles(64, 32, 8, 2)), (512, _tiles(32, 32, 8, 1))],
-    ("query_gradients", 2): [(64, _tiles(64, 32, 4, 2)), (128, _tiles(64, 32, 8, 2)), (512, _tiles(32, 32, 8, 1))],
-    ("forward", 4): [(64, _tiles(32, 32, 8, 1, 255)), (256, _tiles(16, 16, 8, 1, 255)), (512, _tiles(16, 16, 16, 1))],
-    ("key_gradients", 4): [(64, _tiles(16, 32, 8, 1, 255)), (512, _tiles(16, 16, 8, 1, 255))],
-    ("query_gradients", 4): [(64, _tiles(32, 16, 8, 1, 255)), (512, _tiles(16, 16, 8, 1, 255))],
+    ("forward", 2): [(128, _tiles(128, 64, 8, 3)), (384, _tiles(64, 32, 8, 2))],
+    ("key_gradients", 2): [(128, _tiles(16, 128, 8, 2)), (192, _tiles(16, 64, 8, 2)), (384, _tiles(32, 32, 8, 1))],
+    ("query_gradients", 2): [(64, _tiles(64, 32, 4, 2)), (192, _tiles(64, 32, 8, 2)), (384, _tiles(32, 32, 8, 1))],
+    ("forward", 4): [(64, _tiles(32, 32, 8, 1, 255)), (256, _tiles(16, 16, 8, 1, 255)), (384, _tiles(16, 16, 16, 1))],
+    ("key_gradients", 4): [(64, _tiles(16, 32, 8, 1, 255)), (384, _tiles(16, 16, 8, 1, 255))],
+    ("query_gradients", 4): [(64, _tiles(32, 16, 8, 1, 255)), (384, _tiles(16, 16, 8, 1, 255))],
 }
 CANDIDATES = {
     forward_kernel: [_tiles(128, 64, 8, 3), _tiles(128, 64, 4, 3), _tiles(128, 128, 8, 2), _tiles(64, 64, 4, 3),
                      _tiles(64, 32, 4, 3), _tiles(32, 32, 4, 2), _tiles(16, 16, 4, 1)],
-    key_gradients_kernel: [_tiles(32, 128, 8, 2), _tiles(64, 128, 8, 2), _tiles(32, 64, 8, 2), _tiles(32, 64, 4, 2),
-                           _tiles(64, 32, 8, 2), _tiles(32, 32, 8, 1), _tiles(16, 16, 8, 1, 255)],
+    key_gradients_kernel: [_tiles(16, 128, 8, 2), _tiles(32, 128, 8, 2), _tiles(32, 64, 8, 2), _tiles(32, 64, 4, 2),
+                           _tiles(16, 64, 8, 2), _tiles(32, 32, 8, 1), _tiles(16, 16, 8, 1, 255)],
     query_gradients_kernel: [_tiles(64, 32, 4, 2), _tiles(64, 64, 4, 2), _tiles(128, 64, 8, 2), _tiles(64, 32, 8, 2),
                              _tiles(32, 32, 8, 1), _tiles(32, 16, 8, 1), _tiles(16, 16, 8, 1)],
 }  # fmt: skip

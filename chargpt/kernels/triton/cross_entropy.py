@@ -30,6 +30,9 @@ from triton import Config
 from chargpt.kernels.triton.numerics import narrow, tanh
 
 LONGEST_WHOLE_ROW = 8192
+# Numbers that one program counts or adds: this project's batch, 64 x 256 rows, in one launch, and 2²⁸ in two. They are
+# 32 for each of its 512 threads, all under way at once, so a program waits for memory once.
+ADDED_AT_ONCE = 16384
 _VARIABLE = ["N", "ignore_index"]  # one compilation serves all values
 
 
@@ -213,27 +216,31 @@ def load_block(
 
 
 @triton.jit(do_not_specialize=_VARIABLE)
-def count_kernel(Y, SCALE, N, ignore_index: tl.int64, BLOCK: tl.constexpr):
-    """SCALE = 1 / the number of targets that are not ignored, at least 1. One program: N numbers are few."""
-    counts = tl.zeros((BLOCK,), tl.int32)
-    for start in tl.range(0, N, BLOCK):
-        rows = start + tl.arange(0, BLOCK)
-        y = tl.load(Y + rows, mask=rows < N, other=0).to(tl.int64)
-        counts += ((rows < N) & (y != ignore_index)).to(tl.int32)
-    tl.store(SCALE, 1.0 / tl.maximum(tl.sum(counts, 0), 1).to(tl.float32))
+def count_kernel(X, OUT, N: tl.int64, ignore_index: tl.int64, COUNTS: tl.constexpr, BLOCK: tl.constexpr):
+    """Each program counts the targets in its BLOCK numbers of X that are not ignored, or adds them up if X are COUNTS.
+
+    OUT: int64 for the programs' counts; or float32, for the single program that makes 1 / the count, at least 1. The
+        division has 64 bits, because not every count has a float32.
+    """
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(X + at, mask=at < N, other=0).to(tl.int64)
+    if not COUNTS:
+        x = ((at < N) & (x != ignore_index)).to(tl.int64)
+    count = tl.sum(x, 0)
+    if OUT.dtype.element_ty == tl.float32:
+        tl.store(OUT, (1.0 / tl.maximum(count, 1).to(tl.float64)).to(tl.float32))
+    else:
+        tl.store(OUT + tl.program_id(0), count)
 
 
 @triton.jit(do_not_specialize=_VARIABLE)
-def sum_kernel(LOSS, SCALE, OUT, N, BLOCK: tl.constexpr):
-    """OUT = SCALE · Σ LOSS, in an order that depends on N alone."""
-    sums = tl.zeros((BLOCK,), tl.float32)
-    for start in tl.range(0, N, BLOCK):
-        rows = start + tl.arange(0, BLOCK)
-        sums += tl.load(LOSS + rows, mask=rows < N, other=0.0)
-    total = tl.sum(sums, 0)
+def sum_kernel(X, SCALE, OUT, N: tl.int64, BLOCK: tl.constexpr):
+    """Each program adds up its BLOCK numbers of X. SCALE: what multiplies the sum of a single program, or None."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.sum(tl.load(X + at, mask=at < N, other=0.0), 0)
     if SCALE is not None:
         total *= tl.load(SCALE)
-    tl.store(OUT, total)
+    tl.store(OUT + tl.program_id(0), total)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -276,9 +283,7 @@ def softmax_cross_entropy_forward(
         _launch(tensors, options, autotune, FORWARD=True, PER_ROW=False)
         if reduction == "none":
             return losses.view(targets.shape), normalisers, gradient
-        loss = losses.new_empty(())
-        sum_kernel[(1,)](losses, scale, loss, N, BLOCK=1024, num_warps=4)
-    return loss, normalisers, gradient
+        return _sum(losses, scale), normalisers, gradient
 
 
 def softmax_cross_entropy_backward(
@@ -321,10 +326,21 @@ def _as_rows(logits: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
-def _one_over_count(y: Tensor, ignore_index: int) -> Tensor:
-    scale = torch.empty((), dtype=torch.float32, device=y.device)
-    count_kernel[(1,)](y, scale, y.numel(), ignore_index, BLOCK=1024, num_warps=4)
-    return scale
+def _one_over_count(x: Tensor, ignore_index: int, are_counts: bool = False) -> Tensor:
+    """x (N,): targets, or counts of them."""
+    programs = max(1, triton.cdiv(x.numel(), ADDED_AT_ONCE))
+    out = x.new_empty((programs,), dtype=torch.int64 if programs > 1 else torch.float32)
+    count_kernel[(programs,)](x, out, x.numel(), ignore_index, are_counts, ADDED_AT_ONCE, num_warps=16)
+    return _one_over_count(out, ignore_index, are_counts=True) if programs > 1 else out.view(())
+
+
+def _sum(x: Tensor, scale: Tensor | None) -> Tensor:
+    """scale · Σ x of x (N,): programs add a part each, and the same again adds the parts, in an order that depends on N
+    alone."""
+    programs = max(1, triton.cdiv(x.numel(), ADDED_AT_ONCE))
+    out = x.new_empty((programs,))
+    sum_kernel[(programs,)](x, scale if programs == 1 else None, out, x.numel(), ADDED_AT_ONCE, num_warps=16)
+    return _sum(out, scale) if programs > 1 else out.view(())
 
 
 def _launch(tensors: tuple[Any, ...], options: tuple[Any, ...], autotune: bool, **modes: bool) -> None:

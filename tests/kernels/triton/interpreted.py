@@ -39,6 +39,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SEED = 0x1234567890ABCDEF
 # Tiles that are smaller than most cases, and unequal, so that edges fall everywhere; and larger ones, which are faster.
 SMALL, LARGE = (Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=4) for m, n in ((32, 16), (64, 32)))
+FEW_PROGRAMS = Config({"ROWS": 4096})  # for many short rows: the interpreter takes a millisecond for each program
 
 # What the default run takes of the cases: each feature once; float16 and bfloat16 differ in conversions alone.
 QUICK = {
@@ -141,6 +142,63 @@ def cross_entropy_of(logits: Tensor, targets: Tensor, **given: Any) -> tuple[Ten
     loss, normalisers, early = cross_entropy.softmax_cross_entropy_forward(logits, targets, *options, reduced)
     upstream = torch.linspace(0.5, 2, loss.numel()).reshape(loss.shape)
     return loss, cross_entropy.softmax_cross_entropy_backward(upstream, logits, targets, normalisers, *options), early
+
+
+# Beside a whole number of programs, which add 16 numbers here, of programs of programs, and of those; and of real ones.
+@pytest.mark.parametrize(
+    ("at_once", "N"),
+    [(16, n) for n in (0, 1, 15, 16, 17, 255, 256, 257, 4096, 4097)]
+    + [(cross_entropy.ADDED_AT_ONCE, n) for n in (16383, 16384, 16385, 32769)],
+)
+@pytest.mark.parametrize("kept", [1.0, 0.03, 0.0])
+def test_cross_entropy_s_mean_over_any_number_of_rows_is_exact(
+    monkeypatch: pytest.MonkeyPatch, at_once: int, N: int, kept: float
+) -> None:
+    monkeypatch.setattr(cross_entropy, "ADDED_AT_ONCE", at_once)
+    monkeypatch.setattr(cross_entropy, "whole_rows_tiles", lambda _: FEW_PROGRAMS)
+    generator = torch.Generator().manual_seed(N)
+    x = torch.randint(-3, 4, (N, 1), generator=generator).float()
+    x[-1:], x[at_once - 1 : at_once + 1] = 3, 2  # what a program too few would lose, and its edge
+    targets = torch.zeros(N).long()
+    ignored = torch.rand(N, generator=generator) >= kept
+    ignored[-1:] = ignored[at_once - 1 : at_once + 1] = kept == 0
+    targets[ignored] = -100
+    count, squares = int((~ignored).sum()), x[~ignored].square().sum()  # exact: integers below 2²⁴
+    scale = torch.tensor(1 / max(count, 1))  # rounded once
+    options = {"z_loss": 1.0}  # of rows of one logit the loss is its square, and the gradient twice itself
+    loss, in_backward, in_forward = cross_entropy_of(x, targets, **options)
+    assert torch.equal(loss, squares * scale)
+    assert in_forward is not None
+    expected = torch.where(ignored[:, None], 0, 2 * x) * scale
+    assert torch.equal(in_forward, expected)
+    assert torch.equal(in_backward, 0.5 * expected)  # what `cross_entropy_of` has flow into one number
+    total, _, _ = cross_entropy_of(x, targets, **options, reduction="sum")
+    assert torch.equal(total, squares)
+
+
+@pytest.mark.parametrize("N", [16384, 40000])
+def test_cross_entropy_s_sum_is_as_close_as_float32_and_has_the_same_bits_twice(
+    monkeypatch: pytest.MonkeyPatch, N: int
+) -> None:
+    monkeypatch.setattr(cross_entropy, "whole_rows_tiles", lambda _: FEW_PROGRAMS)
+    logits = 10 * torch.randn(N, 3, generator=torch.Generator().manual_seed(3))
+    targets = torch.randint(3, (N,), generator=torch.Generator().manual_seed(4))
+    options = {"reduction": "sum"}
+    first, second = (cross_entropy_of(logits, targets, **options)[0] for _ in range(2))
+    assert torch.equal(first, second)
+    truth = torch_cross_entropy(logits.double(), targets, **options)
+    assert abs(first / truth - 1) < 2**-22
+
+
+@pytest.mark.parametrize(
+    ("counts", "total"),
+    [([2**30] * 2, 2**31), ([2**31 - 1, 2], 2**31 + 1), ([2**14] * 40000, 40000 * 2**14), ([2**24, 1], 2**24 + 1)],
+    ids=["2^31", "2^31 + 1", "many parts", "2^24 + 1"],
+)
+def test_cross_entropy_s_counts_are_exact_up_to_two_to_the_31(counts: list[int], total: int) -> None:
+    """Partial counts, as nothing here holds so many targets. 2²⁴ + 1 is no float32, but 1 over it has a nearest one."""
+    one_over = cross_entropy._one_over_count(torch.tensor(counts), -100, are_counts=True)
+    assert torch.equal(one_over, torch.tensor(1 / total))
 
 
 @triton.jit
