@@ -37,6 +37,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.gpu import proven, report
 from benchmarks.gpu.build import KERNELS, fingerprint
 from benchmarks.gpu.program import BROKEN
@@ -175,6 +177,7 @@ def take(process: "Running", content: dict[str, Any], budget: float) -> None:
         "seconds": round(process.seconds, 1),
         "ended": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "sources": fingerprint(KERNELS),
+        "torch": torch.__version__,
     }
     content.pop(name, None)
     with contextlib.suppress(FileNotFoundError):

@@ -34,7 +34,7 @@ def main() -> None:
     if isinstance(splits, str):
         program.record({"case": "all", "skipped": splits})
     else:
-        runs = [*names[:1], TORCH, *names[1:]]  # what `auto` takes and torch's, in case that time runs out
+        runs = [*names[:1], TORCH, *names[1:]]  # ours and torch's, in case that time runs out
         for number, kernels in enumerate(runs):
             left = program.deadline - time.time()
             record(program, splits, kernels, time.time() + left / (len(runs) - number))

@@ -27,7 +27,7 @@ LISTED = 15  # kernels of a profile
 # By the names of kernels, ours and the libraries', the first that fits.
 GROUPS = {
     "attention": r"attention_|flash|fmha|sdp|forward_kernel|delta_kernel|(key|query)_gradients_kernel",
-    "cross-entropy": r"short_rows|long_rows|whole_rows|count_|sum_losses|sum_kernel|total|softmax|nll",
+    "cross-entropy": r"short_rows|long_rows|whole_rows|span_totals|count_kernel|sum_kernel|softmax|nll",
     "matrix products": r"gemm|nvjet|cutlass|cublas|matmul|mma|splitK|aten::(mm|addmm|bmm)",
     "optimizer": r"multi_tensor|adam|foreach|_foreach",
     "copies": r"[Mm]emcpy|[Mm]emset|copy|[Cc]at",

@@ -79,7 +79,8 @@ def _verdicts(path: Path) -> list[_Verdict]:
         if content["dry"] or "build" not in content or "cases" not in content:
             return []
         machine, cases = content["build"]["notes"]["machine"], content["cases"]["notes"]
-        about = {key: machine[key] for key in ("device", "time", "torch")} | {"results": path.name}
+        step = content["steps"]["cases"]  # which may be of an earlier day than the build beside it
+        about = {"device": machine["device"], "time": step["ended"], "torch": step["torch"], "results": path.name}
         return [
             _Verdict(name, machine["capability"], _passed(cases, name), about | {"checks": _checks(cases, name)})
             for name in IMPLEMENTATIONS

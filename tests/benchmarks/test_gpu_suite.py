@@ -241,6 +241,7 @@ def test_the_fingerprint_follows_the_sources(monkeypatch: pytest.MonkeyPatch, tm
     (tmp_path / "csrc" / "a.cu").write_text("one", encoding="utf-8")
     first = build.fingerprint(["csrc", "absent.py"])
     (tmp_path / "csrc" / "tests" / "a_test.cpp").write_text("a test", encoding="utf-8")
+    (tmp_path / "csrc" / "proven.json").write_text("{}", encoding="utf-8")
     assert build.fingerprint(["csrc", "absent.py"]) == first
     (tmp_path / "csrc" / "a.cu").write_text("two", encoding="utf-8")
     assert build.fingerprint(["csrc", "absent.py"]) != first
@@ -488,6 +489,8 @@ def test_a_profile_says_how_long_the_gpu_was_busy_and_with_what() -> None:
         ("pytorch_flash::flash_bwd_kernel", "attention"),
         ("key_gradients_kernel", "attention"),
         ("void chargpt::cuda::short_rows<float, 8, 2>(Problem)", "cross-entropy"),
+        ("void chargpt::cuda::span_totals<long>(Problem)", "cross-entropy"),
+        ("count_kernel", "cross-entropy"),
         ("nvjet_hsh_128x256_64x4_1x2_h_bz_coopA_NTN", "matrix products"),
         ("sm90_xmma_gemm_bf16bf16_bf16f32", "matrix products"),
         ("void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor>", "optimizer"),

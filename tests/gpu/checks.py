@@ -478,14 +478,16 @@ def dropout_capture_problems(impl: str, dtype: torch.dtype, device: str) -> list
     q, k, v = AttentionCase("capture", B=24, H=6, T=64, D=64).inputs(dtype, device=device)
     _warm_up(lambda: torch.autograd.grad(causal_attention(q, k, v, dropout_p=0.2, impl=impl).sum(), (q, k, v)))
     problems = []
-    with torch.cuda.stream(torch.cuda.Stream()):
+    # The backward runs on the forward's stream: captured on another, the error would be of that, and not ours.
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
         out = causal_attention(q, k, v, dropout_p=0.2, impl=impl).sum()
         for name, call in (
             ("forward", lambda: causal_attention(q, k, v, dropout_p=0.2, impl=impl)),
             ("backward", lambda: torch.autograd.grad(out, (q, k, v))),
         ):
             try:
-                with torch.cuda.graph(torch.cuda.CUDAGraph()):
+                with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream):
                     call()
                 problems.append(f"the {name} pass was captured with dropout")
             except RuntimeError as error:

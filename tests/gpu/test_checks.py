@@ -172,7 +172,7 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
         CUDAGraph=Graph,
         current_stream=Stream,
         stream=lambda _: contextlib.nullcontext(),
-        graph=lambda _: contextlib.nullcontext(),
+        graph=lambda _, stream=None: contextlib.nullcontext(),
         synchronize=lambda: None,
         _sleep=lambda _: None,
         mem_get_info=lambda: (1e9, 80e9),
@@ -217,7 +217,7 @@ def test_dropout_that_lets_itself_be_captured_is_found(no_gpu: Any) -> None:
         return real(*inputs, **options)
 
     @contextlib.contextmanager
-    def capture(_: object) -> Iterator[None]:
+    def capture(_: object, stream: object) -> Iterator[None]:
         no_gpu.capturing = True
         try:
             yield

@@ -32,11 +32,15 @@ def passed() -> dict[str, Any]:
         f"both operations {name} bfloat16 attention_beyond_2^31_elements": NO_MEMORY for name in ("cuda", "triton")
     }
     notes = {"checks": 724, "passed": 722, "table": table, "failed": {}, "skipped": skipped}
-    return {"dry": False, "steps": {}, "build": {"notes": {"machine": H100}}, "cases": {"notes": notes}}
+    steps = {"cases": {"ended": H100["time"], "torch": H100["torch"]}}
+    # The build is of a later run of other steps, as the suite merges them.
+    machine = H100 | {"torch": "2.12.0", "time": "2026-08-01T10:00:00Z"}
+    return {"dry": False, "steps": steps, "build": {"notes": {"machine": machine}}, "cases": {"notes": notes}}
 
 
-def put(folder: Path, name: str, content: Any, **machine: str) -> None:
+def put(folder: Path, name: str, content: Any, ended: str = H100["time"], **machine: str) -> None:
     content = copy.deepcopy(content)
+    content["steps"]["cases"]["ended"] = ended
     content["build"]["notes"]["machine"] |= machine
     (folder / name).write_text(json.dumps(content))
 
@@ -130,7 +134,7 @@ def test_a_run_that_did_not_get_there_proves_nothing(tmp_path: Path, missing: st
 def test_cards_of_one_kind_must_all_pass(tmp_path: Path) -> None:
     """There is one file for each card, which the next run on it replaces."""
     put(tmp_path, "gpu-h100.json", passed())
-    put(tmp_path, "gpu-h200.json", passed(), device="NVIDIA H200", time="2026-07-02T10:00:00Z")
+    put(tmp_path, "gpu-h200.json", passed(), device="NVIDIA H200", ended="2026-07-02T10:00:00Z")
     found = proven.record(tmp_path)
     assert {kinds["9.0"]["device"] for kinds in found.values()} == {"NVIDIA H200"}  # the newest
     content = passed()
