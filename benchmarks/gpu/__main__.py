@@ -33,6 +33,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -235,7 +236,10 @@ def write(content: dict[str, Any], scratch: Path, results: Path) -> dict[str, An
     name = report.file_name(content)
     content = merged(content, results / f"{name}.json")
     content["not run"] = [step.name for step in STEPS if step.name not in content["steps"]]
-    page = report.markdown(content)
+    try:
+        page = report.markdown(content)
+    except Exception:  # the numbers are worth more than their page, which the run's end tries again
+        page = f"The page could not be made:\n\n{traceback.format_exc()}"
     for suffix, text in (("json", json.dumps(content, indent=1) + "\n"), ("md", page)):
         with replaced_file(results / f"{name}.{suffix}") as file:
             file.write(text.encode())

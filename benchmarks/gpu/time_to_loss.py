@@ -31,6 +31,7 @@ def main() -> None:
     program = Program(__doc__)
     splits = dry_splits() if program.dry else shakespeare()
     names, refused = candidates(program)
+    program.note(refused=refused, goal=GOAL)
     if isinstance(splits, str):
         program.record({"case": "all", "skipped": splits})
     else:
@@ -38,7 +39,6 @@ def main() -> None:
         for number, kernels in enumerate(runs):
             left = program.deadline - time.time()
             record(program, splits, kernels, time.time() + left / (len(runs) - number))
-    program.note(refused=refused, goal=GOAL)
     program.finish()
 
 

@@ -752,3 +752,33 @@ def test_the_dry_run_walks_through_everything_and_keeps_nothing() -> None:
     assert sorted((ROOT / "benchmarks" / "results").iterdir()) == results
     passed, checks = done.stdout.split(" checks passed")[0].split("\n")[-1].split(" of ")
     assert int(passed) == int(checks) >= 500
+
+
+def test_every_moment_of_a_step_makes_a_page(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What a step has measured before it ends is on the page within seconds."""
+    pages = []
+    record = Program.record
+
+    def record_and_look(self: Program, measurement: dict[str, Any]) -> None:
+        record(self, measurement)
+        pages.append(report.markdown({"dry": True, "steps": {}, "time_to_loss": self.content}))
+
+    dry = make_program(monkeypatch, tmp_path)
+    monkeypatch.setattr(Program, "record", record_and_look)
+    monkeypatch.setattr(time_to_loss, "Program", lambda _: dry)
+    found = {"reached": False, "seconds": None, "best": 2.0, "compile_seconds": 0.0, "curve": [(4, 1.0, 2.0)]}
+    monkeypatch.setattr(time_to_loss, "train", lambda *_: found)
+    time_to_loss.main()
+    assert pages
+    assert all("a validation loss of at most 1.47" in page for page in pages)
+
+
+def test_a_page_that_cannot_be_made_costs_no_number(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fail(_: object) -> str:
+        raise KeyError("goal")
+
+    monkeypatch.setattr(report, "markdown", fail)
+    suite.write({"dry": True, "steps": {}, "step": {"measurements": [1]}}, tmp_path, tmp_path)
+    (kept,) = tmp_path.glob("*.json")
+    assert json.loads(kept.read_text(encoding="utf-8"))["step"] == {"measurements": [1]}
+    assert "KeyError: 'goal'" in kept.with_suffix(".md").read_text(encoding="utf-8")
