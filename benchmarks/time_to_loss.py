@@ -18,8 +18,8 @@ from typing import Any
 from benchmarks.harness import RESULTS, machine
 from chargpt.comparison import read_curve
 from chargpt.config import EvaluationConfig, TrackingConfig, TrainConfig
+from chargpt.config.presets import PRESETS
 from chargpt.data import Splits, load_splits
-from chargpt.presets import PRESETS
 from chargpt.training import Run, train
 
 YARDSTICK = "nanogpt-cpu"

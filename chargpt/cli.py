@@ -144,9 +144,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def train_command(arguments: argparse.Namespace) -> None:
     from chargpt.config import EvaluationConfig, TrackingConfig, load_train_config
+    from chargpt.config.presets import PRESETS
     from chargpt.console import say
     from chargpt.fitting import Request, Text, budgeted, choose_preset, fit
-    from chargpt.presets import PRESETS
     from chargpt.runtime import resolve_device
     from chargpt.training import Run, require_unfinished, train
 

@@ -33,8 +33,8 @@ from typing import IO, BinaryIO, Protocol
 
 from tqdm import tqdm
 
-from chargpt.config import CorpusConfig, nearest
-from chargpt.errors import CorpusError
+from chargpt.config import CorpusConfig
+from chargpt.errors import CorpusError, nearest
 from chargpt.files import replaced_file
 
 CHUNK = 1 << 20  # bytes moved at a time

@@ -5,10 +5,11 @@ bug of ours and keeps its traceback.
 """
 
 import contextlib
+import difflib
 import errno
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 EXIT_CODE = 2
 
@@ -46,6 +47,13 @@ class TrainingError(ChargptError):
 
 class RunInterruptedError(ChargptError):
     """The run was asked to stop (Ctrl-C, SIGTERM) and has saved its state."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint for an error: the nearest known name, or all of them."""
+    known = list(known)
+    match = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {match[0]}?" if match else f"; known: {', '.join(known)}"
 
 
 @contextlib.contextmanager

@@ -9,12 +9,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from chargpt.config import ModelConfig, TrainConfig, TransformerConfig, nearest, override
+from chargpt.config import ModelConfig, TrainConfig, TransformerConfig, override
+from chargpt.config.presets import PRESETS
 from chargpt.console import duration
-from chargpt.errors import ConfigError, CorpusError, TrainingError
+from chargpt.errors import ConfigError, CorpusError, TrainingError, nearest
 from chargpt.evaluation import TOKENS_PER_PASS
 from chargpt.models.transformer import BIGRAM_ROWS
-from chargpt.presets import PRESETS
 
 MODERN_MINUTES = 3  # on a CPU; for more, and on a GPU, it is cpu-best
 # Passes over the text up to which a dropout is enough, and the dropout.

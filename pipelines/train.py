@@ -22,8 +22,9 @@ REPORTS = Path("reports/runs")
 def main() -> None:
     borrow_native_module()
     from chargpt.checkpoint import export_checkpoint
-    from chargpt.config import flatten, load_params, nearest
+    from chargpt.config import flatten, load_params
     from chargpt.data import load_splits
+    from chargpt.errors import nearest
     from chargpt.training import Run, train
 
     parser = argparse.ArgumentParser(description="Train one variant of params.yaml with one seed.")

@@ -20,9 +20,9 @@ import yaml
 import runs
 from chargpt import __version__, cli, training
 from chargpt.config import TokenizerConfig
+from chargpt.config.presets import PRESETS
 from chargpt.data import split_tokens, write_splits
 from chargpt.fitting import Speed
-from chargpt.presets import PRESETS
 from chargpt.tokenizers import build_tokenizer
 
 TINY = [

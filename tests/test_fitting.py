@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from chargpt.config import BigramConfig, TrainConfig, TransformerConfig, override
+from chargpt.config.presets import PRESETS
 from chargpt.errors import ConfigError, CorpusError, TrainingError
 from chargpt.evaluation import TOKENS_PER_PASS
 from chargpt.fitting import (
@@ -31,7 +32,6 @@ from chargpt.fitting import (
     validation_fraction,
 )
 from chargpt.models import build_model, parameter_count
-from chargpt.presets import PRESETS
 
 MILLION = Text(train_tokens=TUNED_ON, val_tokens=111_540, vocab_size=65)
 

@@ -26,13 +26,12 @@ from chargpt.config import (
     flatten,
     load_params,
     load_train_config,
-    nearest,
     override,
     parse,
 )
-from chargpt.errors import ConfigError
+from chargpt.errors import ConfigError, nearest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 MINIMAL: dict[str, Any] = {"ablation": {"variants": ["a"], "seeds": [1]}, "variants": {"a": {}}}
 
 

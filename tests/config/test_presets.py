@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from chargpt.config import flatten, load_params
+from chargpt.config.presets import PRESETS
 from chargpt.models import build_model, parameter_count
-from chargpt.presets import PRESETS
 
-VARIANTS = load_params(Path(__file__).parent.parent / "params.yaml").variants
+VARIANTS = load_params(Path(__file__).parents[2] / "params.yaml").variants
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS.keys() & VARIANTS.keys()))
