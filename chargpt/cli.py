@@ -231,9 +231,9 @@ def info_command(arguments: argparse.Namespace) -> None:
 def _splits_of_text(arguments: argparse.Namespace) -> "Splits":
     from chargpt.config import SplitConfig, TokenizerConfig
     from chargpt.console import say
-    from chargpt.corpus import read_text
     from chargpt.data import require_size, split_tokens
     from chargpt.fitting import validation_fraction
+    from chargpt.text import read_text
     from chargpt.tokenizers import build_tokenizer
 
     given = None if arguments.val_fraction is None else SplitConfig(arguments.val_fraction).val_fraction
@@ -296,7 +296,7 @@ def _result(run: "Run", metrics: dict[str, Any]) -> Iterator[str]:
 
 
 def _tokens_of_text(path: str, encoding: str, tokenizer: "Tokenizer") -> "Tokens":
-    from chargpt.corpus import read_text
+    from chargpt.text import read_text
 
     tokens = tokenizer.encode(read_text(path, encoding))
     if len(tokens) < 2:

@@ -12,7 +12,7 @@ CORPUS = Path("data/raw/corpus.txt")
 
 def main() -> None:
     from chargpt.config import load_params
-    from chargpt.corpus import prepare
+    from chargpt.text import prepare
 
     config = load_params().corpus
     prepare(config, CORPUS)

@@ -13,9 +13,9 @@ TOKENS = Path("data/tokens")
 
 def main() -> None:
     from chargpt.config import load_params
-    from chargpt.corpus import read_text
     from chargpt.data import write_tokens
     from chargpt.files import replaced_folder
+    from chargpt.text import read_text
     from chargpt.tokenizers import build_tokenizer
 
     config = load_params().tokenizer

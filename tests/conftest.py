@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from chargpt.corpus import fetch
 from chargpt.data import Splits, split_tokens
 from chargpt.errors import CorpusError
+from chargpt.text import fetch
 from chargpt.tokenizers import CharacterTokenizer
 
 

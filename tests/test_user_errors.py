@@ -157,7 +157,7 @@ def test_going_on_under_another_config_shows_every_difference(
 @pytest.mark.parametrize(
     "where",
     [
-        *("chargpt.corpus.read_text", "chargpt.tokenizers.build_tokenizer", "chargpt.data.split_tokens"),
+        *("chargpt.text.read_text", "chargpt.tokenizers.build_tokenizer", "chargpt.data.split_tokens"),
         *("chargpt.training.resolve_runtime", "chargpt.training.evaluate"),
     ],
 )

@@ -29,7 +29,7 @@ def require_seed(value: int, name: str = "seed") -> None:
 
 @dataclass(frozen=True)
 class CorpusConfig:
-    name: str = "tiny_shakespeare"  # a text of the catalogue in chargpt/corpus.py
+    name: str = "tiny_shakespeare"  # a text of the catalogue in chargpt/text/catalogue.py
     path: str | None = None  # the user's own file, or folder of text files; wins over `name`
     encoding: str = "utf-8"  # of the user's own text
 

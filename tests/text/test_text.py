@@ -28,14 +28,15 @@ import numpy as np
 import pytest
 import yaml
 
-from chargpt import corpus
 from chargpt.config import CorpusConfig
-from chargpt.corpus import NpmPackage, PythonSdist, PythonWheel, Sink, Source, SourceError, Text, WebFile
 from chargpt.data import load_splits
 from chargpt.errors import CorpusError
+from chargpt.text import catalogue, read_text
+from chargpt.text.catalogue import Text
+from chargpt.text.download import NpmPackage, PythonSdist, PythonWheel, Sink, Source, SourceError, WebFile
 from pipelines import download, split, tokenize
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CONTENT = b"To be, or not to be: that is the question.\n" * 50
 
 # -------------------------------------------------------------------------------------------------------------- made-up
@@ -73,9 +74,9 @@ def fetch_from(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[...,
 
     def fetch(*sources: Source, content: bytes = CONTENT) -> Path:
         text = Text("made_up", sha256(content), len(content), "none", sources)
-        monkeypatch.setitem(corpus.CATALOGUE, "made_up", text)
+        monkeypatch.setitem(catalogue.CATALOGUE, "made_up", text)
         destination = tmp_path / "raw" / "corpus.txt"
-        corpus.fetch("made_up", destination, progress=False)
+        catalogue.fetch("made_up", destination, progress=False)
         return destination
 
     return fetch
@@ -190,7 +191,7 @@ def test_tiny_shakespeare_is_the_lectures_text(tiny_shakespeare: Path) -> None:
     assert len(data) == 1_115_394
     assert sha256(data) == "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
     assert data.startswith(b"First Citizen:\nBefore we proceed any further, hear me speak.")
-    assert corpus.read_text(tiny_shakespeare) == data.decode()  # nothing in it needs to be normalised
+    assert read_text(tiny_shakespeare) == data.decode()  # nothing in it needs to be normalised
     assert [file.name for file in tiny_shakespeare.parent.iterdir()] == ["tiny_shakespeare.txt"]
 
 
@@ -257,7 +258,7 @@ def test_a_download_process_stopped_by_ctrl_c_leaves_nothing(tmp_path: Path) -> 
     script = f"""
 import sys, time
 from pathlib import Path
-from chargpt import corpus
+from chargpt.text import catalogue, read_text
 from chargpt.errors import user_errors
 
 class Slow:
@@ -266,9 +267,9 @@ class Slow:
         print("half is here", flush=True)
         time.sleep(60)
 
-corpus.CATALOGUE["slow"] = corpus.Text("slow", "0" * 64, 8, "none", (Slow(),))
+catalogue.CATALOGUE["slow"] = catalogue.Text("slow", "0" * 64, 8, "none", (Slow(),))
 with user_errors():
-    corpus.fetch("slow", Path({str(tmp_path / "corpus.txt")!r}))
+    catalogue.fetch("slow", Path({str(tmp_path / "corpus.txt")!r}))
 """
     process = subprocess.Popen(
         [sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -285,7 +286,7 @@ with user_errors():
 
 def test_an_unknown_name_gets_the_nearest_known_one(tmp_path: Path) -> None:
     with pytest.raises(CorpusError, match="did you mean tiny_shakespeare"):
-        corpus.fetch("tinyshakespeare", tmp_path / "corpus.txt")
+        catalogue.fetch("tinyshakespeare", tmp_path / "corpus.txt")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -447,7 +448,7 @@ def test_own_text_is_normalised_with_a_notice(
 ) -> None:
     path = tmp_path / "my.txt"
     path.write_bytes(data)
-    assert corpus.read_text(path, encoding) == text
+    assert read_text(path, encoding) == text
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == len(notices)
     assert all(notice in line and "my.txt" in line for notice, line in zip(notices, lines, strict=True))
@@ -476,7 +477,7 @@ def test_own_text_that_is_none_is_refused(data: bytes, encoding: str, complaints
     path = tmp_path / "my.txt"
     path.write_bytes(data)
     with pytest.raises(CorpusError) as caught:
-        corpus.prepare(CorpusConfig(path=str(path), encoding=encoding), tmp_path / "raw" / "corpus.txt")
+        catalogue.prepare(CorpusConfig(path=str(path), encoding=encoding), tmp_path / "raw" / "corpus.txt")
     assert all(complaint in str(caught.value) for complaint in complaints), caught.value
     assert not (tmp_path / "raw").exists()
 
@@ -485,13 +486,13 @@ def test_own_text_that_is_none_is_refused(data: bytes, encoding: str, complaints
 def test_a_missing_file_is_named(path: str, complaint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CorpusError, match=complaint):
-        corpus.read_text(path)
+        read_text(path)
 
 
 def test_what_is_neither_file_nor_folder_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(CorpusError, match="neither a file nor a folder"):
-        corpus.read_text(tmp_path / "pipe")
+        read_text(tmp_path / "pipe")
 
 
 def test_a_folder_is_read_in_the_order_of_its_paths(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -507,7 +508,7 @@ def test_a_folder_is_read_in_the_order_of_its_paths(tmp_path: Path, capsys: pyte
     for name, data in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(data)
-    assert corpus.read_text(tmp_path) == "first\n\nsecond\nthird"
+    assert read_text(tmp_path) == "first\n\nsecond\nthird"
     notes = capsys.readouterr().err
     assert "left out: " + str(tmp_path / "picture.png") in notes
     assert "written as LF: " + str(tmp_path / "a/z.md") in notes
@@ -517,14 +518,14 @@ def test_a_folder_is_read_in_the_order_of_its_paths(tmp_path: Path, capsys: pyte
 def test_a_folder_without_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "picture.png").write_bytes(b"\x89PNG\0")
     with pytest.raises(CorpusError, match="holds no text"):
-        corpus.read_text(tmp_path)
+        read_text(tmp_path)
 
 
 def test_one_bad_file_of_a_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "good.txt").write_text("good")
     (tmp_path / "bad.txt").write_bytes(b"\xff")
     with pytest.raises(CorpusError, match=r"bad\.txt is not in utf-8"):
-        corpus.read_text(tmp_path)
+        read_text(tmp_path)
 
 
 # --------------------------------------------------------------------------------------------------------------- stages
