@@ -174,8 +174,8 @@ def train_command(arguments: argparse.Namespace) -> None:
 def sample_command(arguments: argparse.Namespace) -> None:
     from chargpt.checkpoint import load_ensemble
     from chargpt.config import SampleConfig
+    from chargpt.generation import generate_text, stream_text
     from chargpt.runtime import resolve_device
-    from chargpt.sampling import generate_text, stream_text
 
     config = SampleConfig(
         num_samples=arguments.num_samples,

@@ -12,7 +12,7 @@ from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
 from chargpt.checkpoint import load_model
 from chargpt.config import SampleConfig
-from chargpt.sampling import generate_text
+from chargpt.generation import generate_text
 
 
 class TextGenerator(PythonModel):

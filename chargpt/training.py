@@ -46,10 +46,10 @@ from chargpt.errors import CheckpointError, RunInterruptedError, TrainingError
 from chargpt.evaluation import PROTOCOLS, TOKENS_PER_PASS, evaluate, full_loss
 from chargpt.files import replaced_file
 from chargpt.fitting import WHAT_TO_LOWER, Speed, require_memory
+from chargpt.generation import generate_text
 from chargpt.models import Ensemble, Model, build_model, parameter_count
 from chargpt.optim import build_optimizers, learning_rate_scale, set_learning_rate
 from chargpt.runtime import Runtime, available_memory, device_name, resolve_runtime
-from chargpt.sampling import generate_text
 from chargpt.tracking import Dataset, Point, RunDescription, Tracker, open_tracker
 
 

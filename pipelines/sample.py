@@ -15,7 +15,7 @@ def main() -> None:
     from chargpt.checkpoint import load_model
     from chargpt.config import load_params
     from chargpt.files import replaced_file
-    from chargpt.sampling import generate_text
+    from chargpt.generation import generate_text
 
     parser = argparse.ArgumentParser(description="Sample from one variant, trained with the first seed.")
     parser.add_argument("--variant", required=True)

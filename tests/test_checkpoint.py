@@ -22,8 +22,8 @@ from chargpt import checkpoint, training
 from chargpt.checkpoint import export_checkpoint, find_checkpoint, load_model, load_state, save_checkpoint
 from chargpt.config import SampleConfig, TokenizerConfig, override
 from chargpt.errors import ChargptError, CheckpointError
+from chargpt.generation import generate_text
 from chargpt.models import build_model
-from chargpt.sampling import generate_text
 from chargpt.tokenizers import build_tokenizer
 
 FILES = ("checkpoint.json", "model.safetensors", "state.safetensors", "tokenizer.json")

@@ -17,8 +17,8 @@ from chargpt import tracking
 from chargpt.checkpoint import save_checkpoint
 from chargpt.config import BigramConfig, SampleConfig, TrackingConfig
 from chargpt.errors import ConfigError
+from chargpt.generation import generate_text
 from chargpt.models import build_model
-from chargpt.sampling import generate_text
 from chargpt.tokenizers.character import CharacterTokenizer
 from chargpt.tracking import Dataset, Point, RunDescription, open_tracker
 

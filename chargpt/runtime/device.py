@@ -6,7 +6,6 @@
 import contextlib
 import platform
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -17,12 +16,6 @@ from chargpt.kernels import native, resolve
 # Training steps in bf16 against fp32 on two Zen 4 cores: 0.7 times as fast with 32 channels, 1.4 with 64, 1.6 with 128,
 # 2.2 with 384. nanogpt-cpu ended 0.0017 nats higher (three paired seeds, ± 0.0005), where seeds spread by 0.006.
 NARROWEST_FOR_BF16 = 64
-
-# Limit and use of memory of a container, under the second and the first version of Linux's control groups.
-CONTROL_GROUP_FILES = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-)
 
 
 @dataclass(frozen=True)
@@ -64,19 +57,6 @@ def resolve_runtime(config: TrainConfig) -> Runtime:
             *dict.fromkeys(f"kernels {choice.name}: {choice.reason}" for choice in (attention, cross_entropy)),
         ),
     )
-
-
-def available_memory(device: torch.device) -> int | None:
-    """Bytes of memory that are free: the GPU's, or the machine's within its container's limit; None: not known."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    free = []
-    with contextlib.suppress(OSError, ValueError), open("/proc/meminfo", encoding="utf-8") as meminfo:
-        free += [int(line.split()[1]) * 1024 for line in meminfo if line.startswith("MemAvailable:")]
-    for limit, used in CONTROL_GROUP_FILES:
-        with contextlib.suppress(OSError, ValueError):  # ValueError: "max", no limit
-            free.append(int(Path(limit).read_text()) - int(Path(used).read_text()))
-    return min(free, default=None)
 
 
 def device_name(device: torch.device) -> str:

@@ -7,14 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-import chargpt.runtime as runtime_module
 import runs
 from chargpt.config import TrainConfig, override
 from chargpt.errors import ConfigError
 from chargpt.info import as_text, collect
 from chargpt.kernels import native
 from chargpt.kernels.registry import SMALL, Choice
-from chargpt.runtime import available_memory, device_name, resolve_device, resolve_runtime
+from chargpt.runtime import available_memory, device, device_name, memory, resolve_device, resolve_runtime
 
 AUTO = TrainConfig()
 without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
@@ -64,7 +63,7 @@ def test_precision_on_a_cpu(
     module: NativeModule | None, options: list[str], precision: str, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(native, "load", lambda: native.Native(module, None))  # type: ignore[arg-type]
-    monkeypatch.setattr(runtime_module, "resolve", lambda *_: Choice("cpp", "for the test"))
+    monkeypatch.setattr(device, "resolve", lambda *_: Choice("cpp", "for the test"))
     runtime = resolve_runtime(override(AUTO, ["device=cpu", *options]))
     assert runtime.precision == precision
     assert any(re.match(f"precision {precision}: .*{reason}", line) for line in runtime.reasons)
@@ -164,8 +163,8 @@ def test_free_memory_is_the_machines_or_what_its_container_leaves(
     files = [
         tuple(str(tmp_path / name) for name in pair) for pair in (("limit", "used"), ("none", "used"), ("no", "no"))
     ]
-    monkeypatch.setattr(runtime_module, "CONTROL_GROUP_FILES", files)
+    monkeypatch.setattr(memory, "CONTROL_GROUP_FILES", files)
     assert available_memory(cpu) == 200_000
-    monkeypatch.setattr(runtime_module, "CONTROL_GROUP_FILES", files[1:])
+    monkeypatch.setattr(memory, "CONTROL_GROUP_FILES", files[1:])
     machine = available_memory(cpu)
     assert machine is None or machine > 10**7  # None: not Linux

@@ -2,27 +2,24 @@
 
 `full` scores every token exactly once in windows side by side: deterministic, and the number we choose by. `sliding`
 does the same with more context for each token. `nanogpt` averages random windows, for comparison with numbers that
-others published. `dynamic` lets the model learn from what it has been scored on, which no other number here does: it is
-to be compared with numbers of its kind alone.
+others published. `dynamic` (dynamic.py) lets the model learn from what it has been scored on: it is to be compared with
+numbers of its kind alone.
 """
 
 import contextlib
-import copy
-import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 
 from chargpt.config import EvaluationConfig
-from chargpt.data import Splits, Tokens, random_batch
+from chargpt.data import Tokens, random_batch
 from chargpt.errors import CorpusError
+from chargpt.evaluation.dynamic import dynamic_loss
 from chargpt.kernels import softmax_cross_entropy
 from chargpt.models import Ensemble, Model
 
 PROTOCOLS = ("full", "sliding", "nanogpt")  # of a model that stays as it is
-COUNTED_TOKENS = 5_000_000  # in pairs of characters: bounds time and memory
-DYNAMIC_LEARNING_RATE = 0.02  # the best of six for a GPT of 2.7 million parameters: EXPERIMENTS.md, section 7
 TOKENS_PER_PASS = 8_192  # in one forward pass of `full` and `sliding`: bounds the memory, changes nothing else
 
 
@@ -93,55 +90,6 @@ def nanogpt_loss(
             assert loss is not None
             total += loss.item()
     return total / config.nanogpt_batches
-
-
-def dynamic_loss(model: Model | Ensemble, tokens: Tokens, device: torch.device | str = "cpu") -> float:
-    """Mean loss over tokens[1:] of `tokens` (N,) as in `full`, by a copy of the model that learns from each window.
-
-    A window is scored first, and then the copy takes one step of gradient descent on it: no token is learned from
-    before its score stands (Krause et al. 2018, arXiv 1709.07432, section 3). In an ensemble each member learns by its
-    share in the mean probability.
-    """
-    adapted = copy.deepcopy(model).eval().requires_grad_()
-    members = len(model.members) if isinstance(model, Ensemble) else 1
-    optimizer = torch.optim.SGD(adapted.parameters(), lr=DYNAMIC_LEARNING_RATE * members)
-    total = 0.0
-    for start in range(0, len(tokens) - 1, model.block_size):
-        window = torch.from_numpy(tokens[start : start + model.block_size + 1].astype(np.int64)).to(device)
-        _, loss = adapted(window[None, :-1], window[None, 1:])
-        total += loss.item() * (len(window) - 1)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return total / (len(tokens) - 1)
-
-
-def guess_losses(splits: Splits) -> dict[str, float]:
-    """Mean loss on the validation part of guesses that only count, by what they count: the scale for a model's loss.
-
-    Pairs are smoothed by how many different characters follow each (Witten and Bell 1991, method C), and counted on the
-    last COUNTED_TOKENS of the training part.
-    """
-    V = splits.tokenizer.vocab_size
-    train = splits.train[-COUNTED_TOKENS:].astype(np.int64)
-    val = splits.val_with_context.astype(np.int64)
-    single = (np.bincount(train, minlength=V) + 1) / (len(train) + V)  # (V,)
-    pairs, counts = np.unique(train[:-1] * V + train[1:], return_counts=True)
-    seen = np.bincount(pairs // V, weights=counts, minlength=V)  # (V,) pairs that begin with each
-    followers = np.bincount(pairs // V, minlength=V)  # (V,) different ones among them
-    wanted = val[:-1] * V + val[1:]
-    place = np.minimum(np.searchsorted(pairs, wanted), len(pairs) - 1)
-    count = np.where(pairs[place] == wanted, counts[place], 0)
-    first, second = val[:-1], val[1:]
-    backed_off = followers[first] * single[second]
-    probability = np.where(
-        seen[first] > 0, (count + backed_off) / np.maximum(seen[first] + followers[first], 1), single[second]
-    )
-    return {
-        f"blindly among the {V:,} characters of the text": math.log(V),
-        "by how often each character occurs": float(-np.log(single[val[1:]]).mean()),
-        "by how often each follows the one before": float(-np.log(probability).mean()),
-    }
 
 
 @contextlib.contextmanager

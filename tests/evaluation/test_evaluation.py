@@ -11,12 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from chargpt import evaluation
 from chargpt.config import BigramConfig, EvaluationConfig, TokenizerConfig, TransformerConfig
 from chargpt.data import Splits, Tokens, split_tokens
 from chargpt.errors import CorpusError
 from chargpt.evaluation import (
-    DYNAMIC_LEARNING_RATE,
     PROTOCOLS,
     dynamic_loss,
     evaluate,
@@ -24,8 +22,10 @@ from chargpt.evaluation import (
     full_loss,
     guess_losses,
     nanogpt_loss,
+    protocols,
     sliding_loss,
 )
+from chargpt.evaluation.dynamic import DYNAMIC_LEARNING_RATE
 from chargpt.models import Ensemble, Model, build_model
 from chargpt.tokenizers import build_tokenizer
 
@@ -75,7 +75,7 @@ def scored(monkeypatch: pytest.MonkeyPatch, block_size: int, n: int, stride: int
         shown = len(model.shown)
         return torch.zeros(targets.shape)
 
-    monkeypatch.setattr(evaluation, "softmax_cross_entropy", spy)
+    monkeypatch.setattr(protocols, "softmax_cross_entropy", spy)
     sliding_loss(model, np.arange(n, dtype=np.uint16), stride)  # type: ignore[arg-type]
     return seen
 
@@ -104,7 +104,7 @@ def naive_loss(model: Model, tokens: Tokens, stride: int) -> float:
 def test_every_token_is_scored_exactly_once_with_enough_context(
     monkeypatch: pytest.MonkeyPatch, block_size: int, stride: int, per_pass: int
 ) -> None:
-    monkeypatch.setattr(evaluation, "TOKENS_PER_PASS", per_pass)
+    monkeypatch.setattr(protocols, "TOKENS_PER_PASS", per_pass)
     for n in range(2, 4 * block_size + 3):
         with monkeypatch.context() as patch:
             seen = scored(patch, block_size, n, stride)
@@ -153,7 +153,7 @@ def test_the_size_of_a_pass_changes_nothing_but_memory(monkeypatch: pytest.Monke
     model, tokens = model_of(TRANSFORMER), text(200)
     whole = [full_loss(model, tokens), sliding_loss(model, tokens, 2)]
     for tokens_per_pass in (1, 6, 25):
-        monkeypatch.setattr(evaluation, "TOKENS_PER_PASS", tokens_per_pass)
+        monkeypatch.setattr(protocols, "TOKENS_PER_PASS", tokens_per_pass)
         assert [full_loss(model, tokens), sliding_loss(model, tokens, 2)] == pytest.approx(whole, rel=1e-6)
 
 

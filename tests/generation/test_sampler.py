@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from chargpt.config import BigramConfig, SampleConfig, TransformerConfig
 from chargpt.errors import ChargptError, TokenizerError
-from chargpt.models import build_model
-from chargpt.sampling import (
+from chargpt.generation import (
     generate,
     generate_text,
     next_token_probabilities,
@@ -20,6 +19,7 @@ from chargpt.sampling import (
     stream_text,
     stream_tokens,
 )
+from chargpt.models import build_model
 from chargpt.tokenizers import CharacterTokenizer
 
 TOKENIZER = CharacterTokenizer("\nabcdefgh ")

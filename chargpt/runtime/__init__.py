@@ -1,0 +1,16 @@
+"""The machine that a model runs on.
+
+device.py   device, precision, compilation, kernels: what `auto` becomes, and why
+memory.py   what is free
+"""
+
+from chargpt.runtime.device import Runtime, device_name, resolve_device, resolve_runtime
+from chargpt.runtime.memory import available_memory
+
+__all__ = [
+    "Runtime",
+    "available_memory",
+    "device_name",
+    "resolve_device",
+    "resolve_runtime",
+]

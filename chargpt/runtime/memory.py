@@ -1,0 +1,25 @@
+"""How much memory is free."""
+
+import contextlib
+from pathlib import Path
+
+import torch
+
+# Limit and use of memory of a container, under the second and the first version of Linux's control groups.
+CONTROL_GROUP_FILES = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+
+
+def available_memory(device: torch.device) -> int | None:
+    """Bytes of memory that are free: the GPU's, or the machine's within its container's limit; None: not known."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = []
+    with contextlib.suppress(OSError, ValueError), open("/proc/meminfo", encoding="utf-8") as meminfo:
+        free += [int(line.split()[1]) * 1024 for line in meminfo if line.startswith("MemAvailable:")]
+    for limit, used in CONTROL_GROUP_FILES:
+        with contextlib.suppress(OSError, ValueError):  # ValueError: "max", no limit
+            free.append(int(Path(limit).read_text()) - int(Path(used).read_text()))
+    return min(free, default=None)
