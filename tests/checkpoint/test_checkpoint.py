@@ -18,8 +18,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import runs
-from chargpt import checkpoint, training
+from chargpt import training
 from chargpt.checkpoint import export_checkpoint, find_checkpoint, load_model, load_state, save_checkpoint
+from chargpt.checkpoint import format as checkpoint_format
 from chargpt.config import SampleConfig, TokenizerConfig, override
 from chargpt.errors import ChargptError, CheckpointError
 from chargpt.generation import generate_text
@@ -65,7 +66,7 @@ def reseal(folder: Path, change: Callable[[dict[str, Any]], Any] | None = None) 
         content["files"][name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
     if change is not None:
         change(content)
-    path.write_bytes(checkpoint._seal(content))
+    path.write_bytes(checkpoint_format._seal(content))
 
 
 # ------------------------------------------------------------------------------------------------------- what is loaded

@@ -5,8 +5,7 @@
     tokenizer.json       the vocabulary they were trained with
     state.safetensors    only where training can go on: optimizer, random streams, position in the data
 
-A run folder holds such folders as `step-000250` with two links: `last` to go on from, `best` to use. A link is
-replaced by a rename, so there is a whole checkpoint at every moment. Loading runs no code from disk.
+Loading runs no code from disk.
 """
 
 import contextlib
@@ -15,7 +14,6 @@ import errno
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ import safetensors
 import safetensors.torch
 import torch
 
+from chargpt.checkpoint.folder import sync_folder
 from chargpt.config import ModelConfig, parse
 from chargpt.errors import ChargptError, CheckpointError, TokenizerError
 from chargpt.files import replaced_folder
@@ -33,9 +32,6 @@ from chargpt.tokenizers import Tokenizer, load_tokenizer
 FORMAT = "chargpt-checkpoint"
 VERSION = 1
 DESCRIPTION, WEIGHTS, TOKENIZER, STATE = "checkpoint.json", "model.safetensors", "tokenizer.json", "state.safetensors"
-# How the temporary names in a run folder begin, each the name that it was to take.
-LEFTOVERS = (".step-", ".best.", ".last.", ".data.", ".config.yaml.", ".curve.csv.", ".sample.txt.", ".metrics.json.")
-
 Tensors = dict[str, torch.Tensor]
 
 
@@ -69,8 +65,8 @@ def save_checkpoint(
                 "files": {path.name: _sha256(path.read_bytes()) for path in sorted(temporary.iterdir())},
             }
             _write(temporary / DESCRIPTION, _seal(content))
-            _sync_folder(temporary)
-        _sync_folder(folder.parent)
+            sync_folder(temporary)
+        sync_folder(folder.parent)
     except (OSError, safetensors.SafetensorError) as error:
         raise _not_saved(folder, error) from error
 
@@ -168,6 +164,9 @@ def find_checkpoint(path: str | Path) -> Path:
     raise CheckpointError(f"{path} holds no checkpoint (no {DESCRIPTION} in it, in best/ or in last/)")
 
 
+# --------------------------------------------------------------------------------------------------------- run folders
+
+
 def require_same_data(path: str | Path, fingerprint: str) -> None:
     """Raise CheckpointError unless the model was trained on the splits with this fingerprint, so saw no other part."""
     folder = find_checkpoint(path)
@@ -182,32 +181,6 @@ def export_checkpoint(source: Path, target: Path) -> None:
     """Copy the part of a checkpoint that serves to use it, not to go on training: same bytes for the same model."""
     model, tokenizer = load_model(source)
     save_checkpoint(target, model, tokenizer, read_description(find_checkpoint(source))["summary"])
-
-
-# --------------------------------------------------------------------------------------------------------- run folders
-
-
-def point_to(run_folder: Path, name: str, checkpoint: str) -> None:
-    """Make the link `name` (best or last) lead to `checkpoint`, in one step."""
-    temporary = run_folder / f".{name}.link"
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(checkpoint, target_is_directory=True)
-    link = run_folder / name
-    if link.is_dir() and not link.is_symlink():  # the run was copied by a tool that follows links
-        link.rename(run_folder / f".step-{name}")
-    temporary.replace(link)
-    _sync_folder(run_folder)
-
-
-def remove_unreferenced(run_folder: Path) -> None:
-    """Delete checkpoints that neither best nor last leads to, and what a killed process left half-written."""
-    kept = {(run_folder / name).resolve() for name in ("best", "last")}
-    for path in run_folder.iterdir():
-        if path.name.startswith(("step-", *LEFTOVERS)) and path.resolve() not in kept:
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------------------------------------------- bytes on disk
@@ -239,14 +212,6 @@ def _write(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager

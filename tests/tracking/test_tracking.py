@@ -20,7 +20,7 @@ from chargpt.errors import ConfigError
 from chargpt.generation import generate_text
 from chargpt.models import build_model
 from chargpt.tokenizers.character import CharacterTokenizer
-from chargpt.tracking import Dataset, Point, RunDescription, open_tracker
+from chargpt.tracking import Dataset, Point, RunDescription, open_tracker, provenance, store
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")  # MLflow's own use of SQLAlchemy
 
@@ -71,7 +71,7 @@ def _in_project(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def client(project: Path) -> Any:
-    tracking._quiet_mlflow()
+    store.quiet_mlflow()
     from mlflow import MlflowClient
 
     return MlflowClient(f"sqlite:///{project}/mlflow.db")
@@ -131,7 +131,7 @@ def test_without_git_the_name_has_no_commit(tmp_path: Path, monkeypatch: pytest.
     assert tracking.git_state(tmp_path) is None
     monkeypatch.setenv("PATH", "")  # not installed
     assert tracking.git_state(tmp_path) is None
-    assert tracking._run_name(RUN, tracking._all_tags(RUN)) == "bigram-s7"
+    assert provenance.run_name(RUN, provenance.all_tags(RUN)) == "bigram-s7"
 
 
 @pytest.mark.parametrize("uri", [None, "sqlite:///mlflow.db"])
@@ -429,7 +429,7 @@ def test_ctrl_c_passes_through(monkeypatch: pytest.MonkeyPatch, client: Any) -> 
 
 def start_python(code: str, **environment: str) -> "subprocess.Popen[str]":
     environment = {key: value for key, value in os.environ.items() if key != "PYTEST_CURRENT_TEST"} | environment
-    paths = [str(Path(tracking.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    paths = [str(Path(tracking.__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     command = [sys.executable, "-c", code]
     return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)

@@ -1,0 +1,36 @@
+"""What a run leaves on disk.
+
+format.py   a checkpoint: a sealed folder
+folder.py   a run's folder of checkpoints
+"""
+
+from chargpt.checkpoint.folder import point_to, remove_unreferenced
+from chargpt.checkpoint.format import (
+    WEIGHTS,
+    Tensors,
+    damage,
+    export_checkpoint,
+    find_checkpoint,
+    load_ensemble,
+    load_model,
+    load_state,
+    read_description,
+    require_same_data,
+    save_checkpoint,
+)
+
+__all__ = [
+    "WEIGHTS",
+    "Tensors",
+    "damage",
+    "export_checkpoint",
+    "find_checkpoint",
+    "load_ensemble",
+    "load_model",
+    "load_state",
+    "point_to",
+    "read_description",
+    "remove_unreferenced",
+    "require_same_data",
+    "save_checkpoint",
+]
