@@ -25,7 +25,7 @@ PAGE = Path("reports/index.html")
 
 
 def main() -> None:
-    from chargpt import comparison
+    from chargpt import report
     from chargpt.config import load_params
     from chargpt.files import replaced_file
     from chargpt.report import Provenance, Variant, render
@@ -41,7 +41,7 @@ def main() -> None:
             Variant(
                 name=name,
                 rows=[_metrics(folder) for folder in folders[name]],
-                curves=[comparison.read_curve(folder / "curve.csv") for folder in folders[name]],
+                curves=[report.read_curve(folder / "curve.csv") for folder in folders[name]],
                 sample=sample,
                 sample_settings=settings,
                 command=" ".join(["dvc repro", *(f"train@{name}-{seed}" for seed in seeds)]),
@@ -58,23 +58,23 @@ def main() -> None:
         made=datetime.now(UTC),
     )
     the_lectures_data = (
-        provenance.corpus_sha256 == comparison.TINY_SHAKESPEARE_SHA256
+        provenance.corpus_sha256 == report.TINY_SHAKESPEARE_SHA256
         and params.tokenizer.kind == "character"
         and params.split.val_fraction == 0.1
     )
-    published = comparison.PUBLISHED if the_lectures_data else {}
-    references = comparison.COUNTS if the_lectures_data else {}
+    published = report.PUBLISHED if the_lectures_data else {}
+    references = report.COUNTS if the_lectures_data else {}
 
     contents = {
         PAGE: render(variants, provenance, published, references),
-        TABLE: comparison.comparison_table(rows, published) + "\n",
-        METRICS: json.dumps(comparison.comparison_metrics(rows), indent=1) + "\n",
+        TABLE: report.comparison_table(rows, published) + "\n",
+        METRICS: json.dumps(report.comparison_metrics(rows), indent=1) + "\n",
         CURVES: _evaluations(variants),
     }
     for path, content in contents.items():
         with replaced_file(path) as file:
             file.write(content.encode())
-    comparison.plot_curves({name: [run / "curve.csv" for run in runs] for name, runs in folders.items()}, PICTURE)
+    report.plot_curves({name: [run / "curve.csv" for run in runs] for name, runs in folders.items()}, PICTURE)
     print(f"compare: {len(rows)} runs of {len(variants)} variants → {PAGE}, {TABLE}, {METRICS}, {PICTURE}")
     if promoted := register_champion(params.tracking, rows):
         print(f"compare: {promoted}")

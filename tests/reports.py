@@ -4,8 +4,7 @@ import math
 from datetime import UTC, datetime
 from typing import Any
 
-from chargpt.comparison import Row
-from chargpt.report import Provenance, Variant
+from chargpt.report import Provenance, Row, Variant
 
 SHA256 = "0123456789abcdef" * 4
 PROVENANCE = Provenance("shakespeare", SHA256, "c0ffee" * 6 + "beef", False, datetime(2026, 11, 25, 1, 2, tzinfo=UTC))

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from chargpt.comparison import Statistic
+from chargpt.report.table import Statistic
 
 TRAIN_POINTS = 80  # of each run's training curve, which has a point every few steps
 SIDE = 1000  # of the square that the curves are drawn in

@@ -8,9 +8,9 @@ import pytest
 
 pytest.importorskip("jinja2", reason="the page needs chargpt[pipeline]")
 
-from chargpt.comparison import Published
-from chargpt.report import SAMPLE_CHARACTERS, Provenance, Variant, render
+from chargpt.report import Provenance, Published, Variant, render
 from chargpt.report.charts import Curve, curve_chart, ladder_chart, linear_ticks, log_ticks, short
+from chargpt.report.page import SAMPLE_CHARACTERS
 from reports import PROVENANCE, SHA256, points, row, variant
 
 

@@ -16,8 +16,7 @@ from selenium import webdriver
 from selenium.webdriver import ActionChains, Keys
 from selenium.webdriver.common.by import By
 
-from chargpt.comparison import Published
-from chargpt.report import Variant, render
+from chargpt.report import Published, Variant, render
 from reports import PROVENANCE, points, row, variant
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from chargpt.comparison import Published, comparison_metrics, comparison_table, plot_curves, read_curve
+from chargpt.report import Published, comparison_metrics, comparison_table, plot_curves, read_curve
 
 pytest.importorskip("matplotlib", reason="the picture needs chargpt[pipeline]")
 
@@ -148,9 +148,9 @@ def test_a_picture_of_more_variants_than_colours(tmp_path: Path) -> None:
 def test_drawing_needs_no_display_and_no_global_state(tmp_path: Path) -> None:
     path = curve(tmp_path / "1.csv", ["0,0,0.0,,4.2,", "10,7680,0.5,3.1,3.0,0.001"])
     program = (
-        "import sys; from pathlib import Path; from chargpt.comparison import plot_curves\n"
+        "import sys; from pathlib import Path; from chargpt.report import plot_curves\n"
         "plot_curves({'a': [Path(sys.argv[1])]}, Path(sys.argv[2]))\n"
         "sys.exit('matplotlib.pyplot' in sys.modules)"
     )
     command = [sys.executable, "-W", "error", "-c", program, str(path), str(tmp_path / "1.png")]
-    assert subprocess.run(command, cwd=Path(__file__).parent.parent).returncode == 0
+    assert subprocess.run(command, cwd=Path(__file__).parents[2]).returncode == 0

@@ -1,19 +1,11 @@
-"""Trained variants side by side: their numbers over seeds as Markdown and JSON, and their curves as one picture.
+"""Trained variants side by side: their numbers over seeds as Markdown and as JSON."""
 
-The same as a page to look at is `chargpt.report`.
-"""
-
-import csv
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from chargpt.files import replaced_file
-
 Row = dict[str, Any]  # metrics.json of one run
-
 COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("parameters", "parameters", lambda x: f"{x:,.0f}"),
     ("steps", "steps", lambda x: f"{x:,.0f}"),
@@ -114,42 +106,3 @@ def comparison_metrics(rows: Iterable[Row]) -> dict[str, dict[str, Any]]:
 def distinct(rows: Iterable[Row], key: str) -> str:
     """Every value that the rows have for `key`, sorted, with commas."""
     return ", ".join(sorted({str(row[key]) for row in rows}))
-
-
-def plot_curves(curves: dict[str, list[Path]], picture: Path) -> None:
-    """Draw the loss over tokens of every variant (a colour) and seed (a line): validation solid, training faint.
-
-    `curves`: for each variant the curve.csv of each seed. Writes a PNG.
-    """
-    from matplotlib import color_sequences
-    from matplotlib.figure import Figure  # without pyplot: no display, no global state
-
-    colours = color_sequences["tab10" if len(curves) <= 10 else "tab20"]
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
-    for number, (variant, paths) in enumerate(curves.items()):
-        for seed, path in enumerate(paths):
-            points = read_curve(path)
-            colour = colours[number % len(colours)]
-            axes.plot(*_series(points, "train_loss"), color=colour, alpha=0.25, linewidth=0.8)
-            label = variant if seed == 0 else None
-            axes.plot(*_series(points, "val_loss"), color=colour, marker="o", markersize=3, label=label)
-    axes.set_xlabel("tokens seen")
-    axes.set_xscale("log")
-    axes.set_ylabel("loss, nats per token")
-    axes.set_title("validation loss (solid) and training loss (faint)")
-    axes.grid(alpha=0.3)
-    axes.legend(loc="upper right", ncols=1 + len(curves) // 10)
-    with replaced_file(picture) as file:
-        figure.savefig(file, format="png", dpi=120)
-
-
-def read_curve(path: Path) -> list[dict[str, float]]:
-    """The points of a curve.csv, each with the columns that were measured there."""
-    with path.open(newline="", encoding="utf-8") as file:
-        return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
-
-
-def _series(points: list[dict[str, float]], key: str) -> tuple[list[float], list[float]]:
-    measured = [point for point in points if key in point and point["tokens"] > 0]  # the axis is logarithmic
-    return [point["tokens"] for point in measured], [point[key] for point in measured]
