@@ -23,19 +23,19 @@ $(READY): constraints.txt pyproject.toml setup.py $(wildcard csrc/* csrc/*/*)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
 	@$(BIN)/chargpt info
-	-@$(BIN)/python -m pipelines.plots_template
+	-@$(BIN)/python -m pipelines.tools.plots_template
 	@touch $@
 
 repro: $(READY)  ## run the pipeline: download, tokenize, split, train, sample, compare
 	$(BIN)/dvc repro
-	@$(BIN)/python -m pipelines.summary
+	@$(BIN)/python -m pipelines.tools.summary
 
 ablation: $(READY)  ## the same for every variant of params.yaml with three seeds, as far as it is missing
-	$(BIN)/python -m pipelines.ablation
-	@$(BIN)/python -m pipelines.summary
+	$(BIN)/python -m pipelines.tools.ablation
+	@$(BIN)/python -m pipelines.tools.summary
 
 plots: $(READY)  ## draw the curves with DVC, as a page that needs no network
-	-@$(BIN)/python -m pipelines.plots_template
+	-@$(BIN)/python -m pipelines.tools.plots_template
 	$(BIN)/dvc plots show
 
 test: $(READY)  ## run the tests
@@ -98,7 +98,7 @@ $(CUDA_ENV)/.ready: constraints.txt
 	@touch $@
 
 ui: $(READY)  ## open MLflow on this machine
-	@$(BIN)/python -m pipelines.ui
+	@$(BIN)/python -m pipelines.tools.ui
 
 clean:  ## remove what the pipeline made; the environment and MLflow's store stay
 	rm -rf data models samples checkpoints reports/runs .dvc/cache .dvc/tmp build .pytest_cache .mypy_cache .ruff_cache .hypothesis

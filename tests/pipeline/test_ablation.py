@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipelines.ablation import with_list
+from pipelines.tools.ablation import with_list
 
 BLOCK = """\
 # every knob

@@ -289,7 +289,7 @@ def test_queued_experiments_land_in_the_same_store_with_the_same_kernels(project
 
 @pytest.mark.slow
 def test_make_ablation_trains_what_is_missing_and_the_default_comes_back_from_the_cache(project: Path) -> None:
-    command = [sys.executable, "-m", "pipelines.ablation"]
+    command = [sys.executable, "-m", "pipelines.tools.ablation"]
     variants = ("bigram", "head", "nanogpt-cpu")
     raw = params()
     raw["variants"] = {name: raw["variants"][name] for name in ("bigram", "nanogpt-cpu")}

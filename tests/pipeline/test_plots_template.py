@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from chargpt.errors import ChargptError
-from pipelines import plots_template
+from pipelines.tools import plots_template
 
 SCRIPT = "var vega = '{}'"
 

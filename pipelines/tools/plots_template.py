@@ -110,7 +110,7 @@ def read_script(folder: Path, package: Package) -> str:
     data = (folder / package.archive).read_bytes()
     if base64.b64encode(hashlib.sha512(data).digest()).decode() != package.sha512:
         raise ChargptError(
-            f"{package.archive} as npm fetched it has not the SHA-512 that pipelines/plots_template.py names; "
+            f"{package.archive} as npm fetched it has not the SHA-512 that pipelines/tools/plots_template.py names; "
             "nothing of it was used, so look at the npm registry and the proxy in between"
         )
     with tarfile.open(folder / package.archive) as archive:

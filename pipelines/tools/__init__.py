@@ -1,0 +1,1 @@
+"""What make targets call that is no stage of the pipeline."""
