@@ -15,9 +15,9 @@ from benchmarks.harness import Measurement, compare, report
 from chargpt.config import OptimizerConfig, TrainConfig, TransformerConfig
 from chargpt.data import RandomBatches
 from chargpt.models import build_model, parameter_count
-from chargpt.optim import build_optimizers
 from chargpt.runtime import Runtime
 from chargpt.training import training_step
+from chargpt.training.optim import build_optimizers
 
 VOCABULARY = 65
 SMALL = TransformerConfig(block_size=64, n_layer=4, n_head=4, n_embd=128)  # nanogpt-cpu in params.yaml

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from chargpt.config import TrainConfig
     from chargpt.data import Splits, Tokens
-    from chargpt.fitting import Machine
+    from chargpt.planner import Machine
     from chargpt.tokenizers import Tokenizer
     from chargpt.training import Run
 
@@ -146,7 +146,7 @@ def train_command(arguments: argparse.Namespace) -> None:
     from chargpt.config import EvaluationConfig, TrackingConfig, load_train_config
     from chargpt.config.presets import PRESETS
     from chargpt.console import say
-    from chargpt.fitting import Request, Text, budgeted, choose_preset, fit
+    from chargpt.planner import Request, Text, budgeted, choose_preset, fit
     from chargpt.runtime import resolve_device
     from chargpt.training import Run, require_unfinished, train
 
@@ -232,7 +232,7 @@ def _splits_of_text(arguments: argparse.Namespace) -> "Splits":
     from chargpt.config import SplitConfig, TokenizerConfig
     from chargpt.console import say
     from chargpt.data import require_size, split_tokens
-    from chargpt.fitting import validation_fraction
+    from chargpt.planner import validation_fraction
     from chargpt.text import read_text
     from chargpt.tokenizers import build_tokenizer
 
@@ -253,7 +253,7 @@ def _splits_of_text(arguments: argparse.Namespace) -> "Splits":
 def _machine(run: "Run", device: "torch.device") -> "Iterator[Machine]":
     """This machine, as `fit` asks about it. A run that goes on gets the answers it got when it began."""
     from chargpt.files import replaced_file
-    from chargpt.fitting import Machine, Speed
+    from chargpt.planner import Machine, Speed
     from chargpt.runtime import available_memory
     from chargpt.training import measure_speed
 

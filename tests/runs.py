@@ -32,7 +32,7 @@ from chargpt.config import (
 from chargpt.data import Splits, split_tokens
 from chargpt.tokenizers import build_tokenizer
 from chargpt.tracking import Point
-from chargpt.training import Run
+from chargpt.training import Run, trainer
 
 EVALUATION = EvaluationConfig(nanogpt_batches=2, sliding_stride=4)
 BASE = TrainConfig(
@@ -151,14 +151,14 @@ class Moments:
 
     def __init__(self, folder: Path, at: Callable[[int, str], None]) -> None:
         self.folder, self.at, self.count = str(folder), at, 0
-        self._step = training.training_step
+        self._step = trainer.training_step
 
     def __enter__(self) -> "Moments":
         def step(*arguments: Any) -> Any:
             self.pass_moment("step")
             return self._step(*arguments)
 
-        training.training_step = step
+        trainer.training_step = step
         Moments._armed = self
         if not Moments._hooked:
             sys.addaudithook(Moments._hook)
@@ -167,7 +167,7 @@ class Moments:
 
     def __exit__(self, *_: object) -> None:
         Moments._armed = None
-        training.training_step = self._step
+        trainer.training_step = self._step
 
     def pass_moment(self, what: str) -> None:
         self.count += 1

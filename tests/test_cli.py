@@ -22,8 +22,9 @@ from chargpt import __version__, cli, training
 from chargpt.config import TokenizerConfig
 from chargpt.config.presets import PRESETS
 from chargpt.data import split_tokens, write_splits
-from chargpt.fitting import Speed
+from chargpt.planner import Speed
 from chargpt.tokenizers import build_tokenizer
+from chargpt.training import results
 
 TINY = [
     *("--set", "max_steps=12", "--set", "batch_size=4", "--set", "eval_interval=6", "--set", "device=cpu"),
@@ -153,7 +154,7 @@ def test_a_fitted_run_goes_on_as_it_was_fitted_though_the_machine_is_slower_now(
     with monkeypatch.context() as patched:
         patched.setattr(training, "measure_speed", lambda run: next(speeds))
         with monkeypatch.context() as stopping:
-            stopping.setattr(training, "evaluate", interrupt)
+            stopping.setattr(results, "evaluate", interrupt)
             assert chargpt("train", "text.txt", *small)[0] == 2
         code, _, err = chargpt("train", "text.txt", *small, "--set", "patience=99")
         assert code == 2

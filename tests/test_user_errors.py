@@ -14,7 +14,8 @@ import pytest
 import runs
 from chargpt import training
 from chargpt.errors import ChargptError, user_errors
-from chargpt.fitting import Speed
+from chargpt.planner import Speed
+from chargpt.training import results
 from test_cli import TINY, Chargpt, chargpt, interrupt, one_error, start, trained
 
 __all__ = ["chargpt", "trained"]  # fixtures
@@ -143,7 +144,7 @@ def test_going_on_under_another_config_shows_every_difference(
 ) -> None:
     (tmp_path / "text.txt").write_text(runs.words(), encoding="utf-8")
     with monkeypatch.context() as patched:
-        patched.setattr(training, "evaluate", interrupt)
+        patched.setattr(results, "evaluate", interrupt)
         assert chargpt("train", "text.txt", *TINY)[0] == 2
     code, out, err = chargpt("train", "text.txt", *TINY, "--set", "batch_size=5", "--set", "model.n_embd=16")
     assert (code, out) == (2, "")
@@ -158,7 +159,7 @@ def test_going_on_under_another_config_shows_every_difference(
     "where",
     [
         *("chargpt.text.read_text", "chargpt.tokenizers.build_tokenizer", "chargpt.data.split_tokens"),
-        *("chargpt.training.resolve_runtime", "chargpt.training.evaluate"),
+        *("chargpt.training.trainer.resolve_runtime", "chargpt.training.results.evaluate"),
     ],
 )
 def test_ctrl_c_anywhere_is_one_line_and_the_same_command_finishes(

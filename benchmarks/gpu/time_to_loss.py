@@ -15,10 +15,10 @@ from benchmarks.gpu.program import Program
 from benchmarks.gpu.training import TORCH, candidates, setup
 from chargpt.data import RandomBatches, Splits, split_tokens
 from chargpt.evaluation import full_loss
-from chargpt.optim import learning_rate_scale, set_learning_rate
 from chargpt.runtime import Runtime
 from chargpt.tokenizers import CharacterTokenizer
 from chargpt.training import training_step
+from chargpt.training.optim import learning_rate_scale, set_learning_rate
 
 CORPUS = Path("data/raw/corpus.txt")
 TITLE = "First Citizen:"  # how Tiny Shakespeare begins

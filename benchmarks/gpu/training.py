@@ -8,8 +8,8 @@ from benchmarks.gpu.program import Program
 from chargpt.config import OptimizerConfig, ScheduleConfig, TrainConfig, TransformerConfig
 from chargpt.models import build_model
 from chargpt.models.transformer import CausalSelfAttention, Transformer
-from chargpt.optim import build_optimizers
 from chargpt.runtime import Runtime
+from chargpt.training.optim import build_optimizers
 
 # nanoGPT's train_shakespeare_char: 10.65 M parameters besides the position embedding.
 MODEL = TransformerConfig(block_size=256, n_layer=6, n_head=6, n_embd=384, dropout=0.2)

@@ -7,9 +7,9 @@ from chargpt.config import TrainConfig, TransformerConfig
 from chargpt.data import RandomBatches
 from chargpt.models import build_model
 from chargpt.models.transformer import Transformer
-from chargpt.optim import build_optimizers
 from chargpt.runtime import resolve_runtime
 from chargpt.training import training_step
+from chargpt.training.optim import build_optimizers
 
 STEPS = 200
 DIFFERENCE = 1e-3  # that two implementations may have in one of the losses

@@ -27,9 +27,11 @@ from chargpt.data import Tokens
 from chargpt.errors import CheckpointError, ConfigError, CorpusError, RunInterruptedError, TrainingError
 from chargpt.evaluation import full_loss
 from chargpt.models import Model, build_model
-from chargpt.optim import build_optimizers
 from chargpt.runtime import resolve_runtime
 from chargpt.tracking import Point
+from chargpt.training import trainer
+from chargpt.training.optim import build_optimizers
+from chargpt.training.state import new_state, state_tensors
 
 DROPOUT_EMA = override(runs.TRANSFORMER, ["ema_decay=0.9"])
 
@@ -37,7 +39,7 @@ DROPOUT_EMA = override(runs.TRANSFORMER, ["ema_decay=0.9"])
 @pytest.fixture
 def tracker(monkeypatch: pytest.MonkeyPatch) -> runs.FakeTracker:
     fake = runs.FakeTracker()
-    monkeypatch.setattr(training, "open_tracker", lambda config, run, run_id: fake)
+    monkeypatch.setattr(trainer, "open_tracker", lambda config, run, run_id: fake)
     return fake
 
 
@@ -58,13 +60,13 @@ def test_evaluating_or_logging_more_often_leaves_the_same_bits(config: TrainConf
 def test_the_estimate_is_shown_and_leaves_the_state_as_it_was(case: str, tmp_path: Path) -> None:
     run = runs.make_run(tmp_path, runs.CASES[case])
     runtime = resolve_runtime(run.config)
-    state = training._new_state(run, runtime)
-    before = {name: tensor.clone() for name, tensor in training._state_tensors(state).items()}
+    state = new_state(run, runtime)
+    before = {name: tensor.clone() for name, tensor in state_tensors(state).items()}
     weights = {name: tensor.clone() for name, tensor in state.model.state_dict().items()}
     line = training.estimate(state, run, runtime)
     parameters = sum(parameter.numel() for parameter in state.model.parameters())
     assert re.fullmatch(rf"{parameters:,} parameters, about \d+ MiB of memory, about .* of training", line)
-    after = training._state_tensors(state)
+    after = state_tensors(state)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert all(torch.equal(weights[name], tensor) for name, tensor in state.model.state_dict().items())
@@ -237,7 +239,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_checkpoint(
 
 def test_ctrl_c_never_saves_weights_that_are_not_finite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The step after which the signal is seen may be the one that broke the weights, with its loss still finite."""
-    whole_step = training.training_step
+    whole_step = trainer.training_step
 
     def breaking_step(model: nn.Module, *arguments: Any) -> Any:
         reached = whole_step(model, *arguments)
@@ -246,7 +248,7 @@ def test_ctrl_c_never_saves_weights_that_are_not_finite(tmp_path: Path, monkeypa
         os.kill(os.getpid(), signal.SIGINT)
         return reached
 
-    monkeypatch.setattr(training, "training_step", breaking_step)
+    monkeypatch.setattr(trainer, "training_step", breaking_step)
     with pytest.raises(TrainingError, match="weights became infinite"):
         runs.train(tmp_path / "run")
     assert all(tensor.isfinite().all() for tensor in runs.weights(tmp_path / "run").values())
@@ -334,7 +336,7 @@ def test_evaluations_while_training_score_the_first_tokens_and_the_result_all_of
         lengths.append(len(tokens))
         return full_loss(model, tokens, device)
 
-    monkeypatch.setattr(training, "full_loss", scored)
+    monkeypatch.setattr(trainer, "full_loss", scored)
     run = runs.make_run(tmp_path / "run", override(runs.BIGRAM, ["eval_tokens=50"]))
     metrics = training.train(run, runs.EVALUATION, TrackingConfig(enabled=False))
     assert set(lengths) == {51}
@@ -355,14 +357,14 @@ def test_running_out_of_memory_says_what_to_lower_and_keeps_the_checkpoint(
     error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tracker: runs.FakeTracker
 ) -> None:
     steps = iter(range(100))
-    whole_step = training.training_step
+    whole_step = trainer.training_step
 
     def step(*arguments: Any) -> Any:
         if next(steps) == 8:
             raise error
         return whole_step(*arguments)
 
-    monkeypatch.setattr(training, "training_step", step)
+    monkeypatch.setattr(trainer, "training_step", step)
     with pytest.raises(
         TrainingError, match=r"memory ran out with batch_size 4 and 19 symbols; lower batch_size, .*keeps"
     ):
@@ -375,7 +377,7 @@ def test_other_errors_of_torch_stay_errors_of_ours(tmp_path: Path, monkeypatch: 
     def step(*_: Any) -> Any:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    monkeypatch.setattr(training, "training_step", step)
+    monkeypatch.setattr(trainer, "training_step", step)
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         runs.train(tmp_path / "run")
 
@@ -422,7 +424,10 @@ def test_a_signal_in_the_last_step_stops_before_the_final_evaluation(tmp_path: P
     assert runs.result(folder) == runs.result(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("where", ["evaluate", "generate_text", "estimate", "write_splits", "build_model"])
+@pytest.mark.parametrize(
+    "where",
+    ["results.evaluate", "results.generate_text", "trainer.estimate", "trainer.write_splits", "state.build_model"],
+)
 def test_ctrl_c_outside_the_steps_stops_at_once_and_the_same_command_finishes(
     where: str, tmp_path: Path, tracker: runs.FakeTracker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -433,10 +438,10 @@ def test_ctrl_c_outside_the_steps_stops_at_once_and_the_same_command_finishes(
             signal.raise_signal(signal.SIGTERM)
             raise AssertionError("the signal did not stop it")
 
-        patched.setattr(training, where, stop)
+        patched.setattr(f"chargpt.training.{where}", stop)
         with pytest.raises(KeyboardInterrupt, match="SIGTERM"):
             runs.train(folder)
-    assert tracker.finished == (["KILLED"] if where in ("evaluate", "generate_text") else [])
+    assert tracker.finished == (["KILLED"] if where.startswith("results.") else [])
     assert not (folder / "metrics.json").exists()
     runs.train(folder)
     runs.train(tmp_path / "whole")
@@ -450,7 +455,7 @@ def test_a_signal_while_the_tracker_opens_leaves_no_run_open(tmp_path: Path, mon
         signal.raise_signal(signal.SIGINT)
         return fake
 
-    monkeypatch.setattr(training, "open_tracker", slow_open)
+    monkeypatch.setattr(trainer, "open_tracker", slow_open)
     with pytest.raises(RunInterruptedError):
         runs.train(tmp_path / "run")
     assert fake.finished == ["KILLED"]
@@ -544,7 +549,7 @@ def nanogpt_rate(step: int, peak: float, warmup: int, decay_steps: int, floor: f
 @pytest.mark.parametrize("kind", ["constant", "cosine", "wsd"])
 def test_the_schedule_reaches_every_optimizer(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[float, float]] = []
-    whole_step = training.training_step
+    whole_step = trainer.training_step
 
     def step(model: nn.Module, optimizers: list[torch.optim.Optimizer], *arguments: Any) -> Any:
         rates = [{group["lr"] for group in optimizer.param_groups} for optimizer in optimizers]
@@ -552,7 +557,7 @@ def test_the_schedule_reaches_every_optimizer(kind: str, tmp_path: Path, monkeyp
         seen.append((rates[0].pop(), rates[1].pop()))
         return whole_step(model, optimizers, *arguments)
 
-    monkeypatch.setattr(training, "training_step", step)
+    monkeypatch.setattr(trainer, "training_step", step)
     config = override(
         runs.TRANSFORMER,
         ["optimizer.kind=muon", "optimizer.muon_learning_rate=0.05", f"schedule.kind={kind}", "log_interval=1"],
@@ -596,7 +601,7 @@ def test_the_average_is_the_exponential_moving_average_of_the_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     twin: dict[str, torch.Tensor] = {}
-    whole_step = training.training_step
+    whole_step = trainer.training_step
 
     def step(model: nn.Module, *arguments: Any) -> Any:
         reached = whole_step(model, *arguments)
@@ -604,7 +609,7 @@ def test_the_average_is_the_exponential_moving_average_of_the_weights(
             twin[name] = 0.9 * twin[name] + 0.1 * tensor.double() if name in twin else tensor.double()
         return reached
 
-    monkeypatch.setattr(training, "training_step", step)
+    monkeypatch.setattr(trainer, "training_step", step)
     runs.train(tmp_path / "run", DROPOUT_EMA)
     delivered = runs.weights(tmp_path / "run")
     last = load_file(tmp_path / "run" / "last" / "state.safetensors")
@@ -621,7 +626,7 @@ def test_best_and_last_are_kept_apart(
     tmp_path: Path, tracker: runs.FakeTracker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     losses: Iterator[float] = iter([5.0, 4.0, 2.0, 3.0, 2.5])  # at steps 0, 6, 12, 18, 20
-    monkeypatch.setattr(training, "full_loss", lambda *_: next(losses))
+    monkeypatch.setattr(trainer, "full_loss", lambda *_: next(losses))
     folder = tmp_path / "run"
     metrics = runs.train(folder)
     assert (folder / "best").resolve().name == "step-000012"

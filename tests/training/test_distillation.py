@@ -8,13 +8,14 @@ import pytest
 import torch
 
 import runs
-from chargpt import training
 from chargpt.checkpoint import load_ensemble, load_model, read_description
 from chargpt.config import override
-from chargpt.distillation import distillation_loss, load_teachers
 from chargpt.errors import CheckpointError, RunInterruptedError
 from chargpt.evaluation import full_loss
 from chargpt.runtime import resolve_runtime
+from chargpt.training import training_step
+from chargpt.training.distillation import distillation_loss, load_teachers
+from chargpt.training.state import new_state
 
 TEACHER = override(runs.BIGRAM, ["max_steps=60", "optimizer.learning_rate=0.1"])
 
@@ -57,7 +58,7 @@ def test_a_step_follows_the_teachers_and_reports_the_loss_on_the_text(
 ) -> None:
     config = override(runs.TRANSFORMER, ["model.dropout=0.0", f"gradient_accumulation_steps={accumulated}"])
     run = runs.make_run(tmp_path, config, teachers=teachers)
-    state = training._new_state(run, resolve_runtime(config))
+    state = new_state(run, resolve_runtime(config))
     teacher, _ = load_ensemble(teachers)
     objectives, losses = [], []
     position = state.batches.state_dict()
@@ -69,7 +70,7 @@ def test_a_step_follows_the_teachers_and_reports_the_loss_on_the_text(
         losses.append(loss.item())
     expected = torch.autograd.grad(sum(objectives) / accumulated, list(state.model.parameters()))
     state.batches.load_state_dict(position)
-    loss, norm = training.training_step(state.model, [], state.batches, config, resolve_runtime(config), state.teacher)
+    loss, norm = training_step(state.model, [], state.batches, config, resolve_runtime(config), state.teacher)
     torch.testing.assert_close(loss.item(), sum(losses) / accumulated)
     torch.testing.assert_close(norm, torch.nn.utils.get_total_norm(expected))
     for parameter, gradient in zip(state.model.parameters(), expected, strict=True):

@@ -10,15 +10,8 @@ from chargpt.config import BigramConfig, TrainConfig, TransformerConfig, overrid
 from chargpt.config.presets import PRESETS
 from chargpt.errors import ConfigError, CorpusError, TrainingError
 from chargpt.evaluation import TOKENS_PER_PASS
-from chargpt.fitting import (
-    DROPOUT,
-    EVALUATION_SHARE,
-    EVALUATIONS,
-    FEWEST_SCORED,
-    MOST_PASSES,
-    MOST_VALIDATION,
-    TAUGHT_WEIGHT_DECAY,
-    TUNED_ON,
+from chargpt.models import build_model, parameter_count
+from chargpt.planner import (
     Fitted,
     Machine,
     Request,
@@ -31,7 +24,16 @@ from chargpt.fitting import (
     required_memory,
     validation_fraction,
 )
-from chargpt.models import build_model, parameter_count
+from chargpt.planner.fit import (
+    DROPOUT,
+    EVALUATION_SHARE,
+    EVALUATIONS,
+    FEWEST_SCORED,
+    MOST_PASSES,
+    MOST_VALIDATION,
+    TAUGHT_WEIGHT_DECAY,
+    TUNED_ON,
+)
 
 MILLION = Text(train_tokens=TUNED_ON, val_tokens=111_540, vocab_size=65)
 

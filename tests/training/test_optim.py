@@ -9,7 +9,13 @@ from torch import nn
 
 from chargpt.config import BigramConfig, OptimizerConfig, ScheduleConfig, TransformerConfig
 from chargpt.models import build_model
-from chargpt.optim import BatchedMuon, build_optimizers, learning_rate_scale, muon_parameters, set_learning_rate
+from chargpt.training.optim import (
+    BatchedMuon,
+    build_optimizers,
+    learning_rate_scale,
+    muon_parameters,
+    set_learning_rate,
+)
 
 EVERYTHING = TransformerConfig(
     block_size=7, n_layer=2, n_head=2, n_embd=8, bias=True, tied_head=False, value_embeddings=True, norm="layernorm"

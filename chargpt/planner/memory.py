@@ -1,0 +1,45 @@
+"""How much memory a run will take, counted before it is taken."""
+
+from chargpt.config import ModelConfig, TrainConfig, TransformerConfig
+from chargpt.errors import TrainingError
+from chargpt.evaluation import TOKENS_PER_PASS
+from chargpt.models.transformer import BIGRAM_ROWS
+
+BYTES = 4  # of a float32
+WHAT_TO_LOWER = "lower batch_size, model.block_size, model.n_layer or model.n_embd, or close other programs"
+
+
+def parameter_estimate(model: ModelConfig, vocab_size: int) -> int:
+    """Numbers in a model, without biases and gains: what `parameter_count` will say, to a hundredth."""
+    if not isinstance(model, TransformerConfig):
+        return vocab_size**2
+    C, kv = model.n_embd, model.n_embd // model.n_head * (model.n_kv_head or model.n_head)
+    hidden = 0 if model.mlp == "none" else round(model.mlp_width * C)
+    mlp = C * hidden * (1 + (model.mlp == "swiglu") + model.residual)
+    layer = C * (C + 2 * kv) + C * C * model.residual + mlp + vocab_size * kv * model.value_embeddings
+    pairs = min(vocab_size**2, BIGRAM_ROWS) * model.bigram_embeddings
+    positions = model.block_size * (model.position == "learned")
+    return C * (vocab_size * (1 if model.tied_head else 2) + pairs + positions) + model.n_layer * layer
+
+
+def required_memory(config: TrainConfig, vocab_size: int) -> int:
+    """Bytes that training takes at most, beside Python and the text: weights, optimizer and one batch, counted."""
+    model = config.model
+    held = 2 + (config.ema_decay is not None) + (1 if config.optimizer.kind == "muon" else 2)
+    numbers = parameter_estimate(model, vocab_size) * (1 + held)  # the update itself is the one more
+    per_token = 3 * vocab_size  # logits, their gradient, and one copy of another precision
+    if isinstance(model, TransformerConfig):
+        hidden = 0 if model.mlp == "none" else model.mlp_width * (3 if model.mlp == "swiglu" else 2)
+        per_token += round(model.n_layer * model.n_embd * (10 + hidden + 3 * (model.dropout > 0)))
+    training = config.batch_size * model.block_size * per_token
+    return BYTES * (numbers + max(training, TOKENS_PER_PASS * 2 * vocab_size))
+
+
+def require_memory(config: TrainConfig, vocab_size: int, available: int | None) -> None:
+    """Raise TrainingError, with what to lower, when training needs more bytes than are free (None: not known)."""
+    required = required_memory(config, vocab_size)
+    if available is not None and required > available:
+        raise TrainingError(
+            f"training would take about {required / 2**20:,.0f} MiB of memory, and {available / 2**20:,.0f} MiB are "
+            f"free; {WHAT_TO_LOWER}"
+        )
