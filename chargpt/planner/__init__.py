@@ -1,6 +1,7 @@
 """The planner: a preset, fitted to a text, a machine and a time.
 
 fit.py      the choices, each with its reason
+machine.py  this machine, measured
 memory.py   what a run takes
 """
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import runs
+from chargpt.cli.info import as_text, collect
 from chargpt.config import TrainConfig, override
 from chargpt.errors import ConfigError
-from chargpt.info import as_text, collect
 from chargpt.kernels import native
 from chargpt.kernels.registry import SMALL, Choice
 from chargpt.runtime import available_memory, device, device_name, memory, resolve_device, resolve_runtime
@@ -145,7 +145,7 @@ def test_info_says_what_exists_and_why_the_rest_does_not() -> None:
 
 
 def test_info_names_what_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("chargpt.info.PACKAGES", ("torch", "no-such-package-anywhere"))
+    monkeypatch.setattr("chargpt.cli.info.PACKAGES", ("torch", "no-such-package-anywhere"))
     info = collect()
     assert info["packages"]["no-such-package-anywhere"] is None
     assert "no-such-package-anywhere not installed" in as_text(info)

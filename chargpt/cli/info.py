@@ -1,22 +1,41 @@
-"""What this installation is and what this machine offers it: versions, devices, kernels."""
+"""`chargpt info`: what this installation is and what this machine offers it."""
 
+import argparse
+import json
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-import torch
-
 from chargpt import __version__
-from chargpt.kernels import describe_implementations, native, resolve
-from chargpt.kernels.registry import OPERATIONS
-from chargpt.runtime import device_name
+from chargpt.cli.parsing import Commands, command
 
+EXAMPLES = """examples:
+  chargpt info
+  chargpt info --json"""
 PACKAGES = ("torch", "numpy", "safetensors", "triton", "dvc", "mlflow")
+
+
+def add(commands: Commands) -> None:
+    info = command(
+        commands, "info", run, EXAMPLES, "Versions, devices, and which kernels exist here and why the others do not."
+    )
+    info.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    info = collect()
+    print(json.dumps(info, indent=1) if arguments.json else as_text(info))
 
 
 def collect() -> dict[str, Any]:
     """Versions, devices and kernels as plain data."""
+    import torch
+
+    from chargpt.kernels import describe_implementations, native, resolve
+    from chargpt.kernels.registry import OPERATIONS
+    from chargpt.runtime import device_name
+
     loaded = native.load()
     return {
         "chargpt": __version__,

@@ -1,0 +1,25 @@
+"""The command line for people without DVC: train on any text, sample, evaluate, and see what this machine offers.
+
+One module for each command: `add` adds its arguments, `run` runs it. What is heavy is imported when a command runs.
+"""
+
+import argparse
+
+from chargpt import __version__
+from chargpt.cli import evaluate, info, sample, train
+from chargpt.errors import user_errors
+
+
+def main() -> None:
+    with user_errors():  # around the heavy imports too: Ctrl-C while they load is an ordinary stop
+        arguments = build_parser().parse_args()
+        arguments.run(arguments)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="chargpt", description="Turn any text into a small GPT.")
+    parser.add_argument("--version", action="version", version=f"chargpt {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for command in (train, sample, evaluate, info):
+        command.add(commands)
+    return parser
