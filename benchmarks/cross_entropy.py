@@ -42,18 +42,22 @@ def measure(logits: Tensor, targets: Tensor, goal: str) -> list[Measurement]:
     def with_gradient(loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], None]:
         def step() -> None:
             logits.grad = None
-            loss(logits, targets).backward()  # type: ignore[no-untyped-call]
+            loss(logits, targets).backward()
 
         return step
 
     def alone(loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], Tensor]:
-        return torch.no_grad()(lambda: loss(logits, targets))  # type: ignore[no-any-return]
+        return torch.no_grad()(lambda: loss(logits, targets))
 
     def cpp(logits: Tensor, targets: Tensor) -> Tensor:
         return softmax_cross_entropy(logits, targets, impl="cpp")
 
     torch.compiler.reset()  # one shape at a time: past eight, torch.compile would silently run eagerly
-    losses = {"torch": F.cross_entropy, "torch compiled": torch.compile(F.cross_entropy, dynamic=False), "cpp": cpp}
+    losses: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        "torch": F.cross_entropy,
+        "torch compiled": torch.compile(F.cross_entropy, dynamic=False),
+        "cpp": cpp,
+    }
     pairs = [("torch", "cpp"), ("torch compiled", "cpp")]
     shape = f"({', '.join(map(str, logits.shape))}) {str(logits.dtype).removeprefix('torch.')}"
     return [

@@ -60,7 +60,7 @@ def measure(case: str, function: Callable[..., Outputs], inputs: tuple[Tensor, .
         return lambda: torch.autograd.grad(as_tuple(function(impl, *inputs)), leaves, upstream)
 
     def forward(impl: str) -> Callable[[], object]:
-        return torch.no_grad()(lambda: function(impl, *inputs))  # type: ignore[no-any-return]
+        return torch.no_grad()(lambda: function(impl, *inputs))
 
     names, pairs = ("torch", "cpp"), [("torch", "cpp")]
     return [

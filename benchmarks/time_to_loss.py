@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import RESULTS, machine
-from chargpt.comparison import read_curve
 from chargpt.config import EvaluationConfig, TrackingConfig, TrainConfig
 from chargpt.config.presets import PRESETS
 from chargpt.data import Splits, load_splits
+from chargpt.report import read_curve
 from chargpt.training import Run, train
 
 YARDSTICK = "nanogpt-cpu"

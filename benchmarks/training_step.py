@@ -7,12 +7,14 @@ import argparse
 import dataclasses
 from collections.abc import Callable
 from functools import partial
+from typing import cast
 
 import numpy as np
 import torch
+from torch import nn
 
 from benchmarks.harness import Measurement, compare, report
-from chargpt.config import OptimizerConfig, TrainConfig, TransformerConfig
+from chargpt.config import OptimizerConfig, TrainConfig, TransformerConfig, override
 from chargpt.data import RandomBatches
 from chargpt.models import build_model, parameter_count
 from chargpt.runtime import Runtime
@@ -61,21 +63,14 @@ def measure(name: str, model: TransformerConfig, batch_size: int, goal: float, c
 def step(
     model: TransformerConfig, batch_size: int, kernels: str, precision: str, compiled: bool
 ) -> Callable[[], object]:
-    config = TrainConfig(
-        model=model,
-        max_steps=1,
-        batch_size=batch_size,
-        optimizer=OptimizerConfig(),
-        grad_clip=1.0,
-        precision=precision,
-        kernels=kernels,
-    )
+    config = TrainConfig(model=model, max_steps=1, batch_size=batch_size, optimizer=OptimizerConfig(), grad_clip=1.0)
+    config = override(config, [f"precision={precision}", f"kernels={kernels}"])
     network = build_model(model, VOCABULARY, seed=1, kernels=kernels)
     tokens = np.random.default_rng(2).integers(VOCABULARY, size=1_000_000, dtype=np.uint8)
     batches = RandomBatches(tokens, batch_size, model.block_size, seed=3)
     runtime = Runtime(torch.device("cpu"), precision, compiled, kernels, ())
     optimizers = build_optimizers(network, config.optimizer)
-    trained = torch.compile(network) if compiled else network
+    trained = cast(nn.Module, torch.compile(network)) if compiled else network
     return partial(training_step, trained, optimizers, batches, config, runtime)
 
 

@@ -66,7 +66,7 @@ def take(folder: Path) -> str | None:
         return f"{folder} was built from other sources than these"
     for path in folder.glob("_native*"):
         shutil.copy(path, PACKAGE)
-    return state()["problem"]  # type: ignore[no-any-return]
+    return state()["problem"]
 
 
 def build(device: torch.device) -> None:

@@ -84,9 +84,9 @@ def judged(results: Results) -> Iterable[tuple[str, str, str]]:
     yield from _judged_steps(results)
     for m in _measurements(results, "time_to_loss"):
         if "skipped" not in m:
-            goal = f"{m['case']} trains to a validation loss of at most {_notes(results, 'time_to_loss')['goal']}"
+            claim = f"{m['case']} trains to a validation loss of at most {_notes(results, 'time_to_loss')['goal']}"
             told = f"in {m['seconds']:.1f} s" if m["reached"] else f"best {_number(m['best'])}"
-            yield goal, "met" if m["reached"] else "missed", told
+            yield claim, "met" if m["reached"] else "missed", told
 
 
 def _judged_attention(results: Results) -> Iterable[tuple[str, str, str]]:
@@ -357,8 +357,8 @@ def _timed(results: Results, step: str) -> list[dict[str, Any]]:
 
 
 def _notes(results: Results, step: str) -> dict[str, Any]:
-    return results.get(step, {}).get("notes", {})  # type: ignore[no-any-return]
+    return results.get(step, {}).get("notes", {})
 
 
 def _measurements(results: Results, step: str) -> list[dict[str, Any]]:
-    return results.get(step, {}).get("measurements", [])  # type: ignore[no-any-return]
+    return results.get(step, {}).get("measurements", [])

@@ -94,7 +94,7 @@ def watch(command: list[str], names: list[str], result: Path, deadline: float) -
     cases: dict[str, list[str]] = {}
     silent = 0  # processes that ended at once and without a report
     while len(cases) < len(names) and silent < 2 and time.time() < deadline:
-        before, report = len(cases), []
+        before, report = len(cases), list[str]()
         for line in lines_of([*command, "--inside", str(before)]):
             print(line, flush=True)
             if line.startswith(OVER):

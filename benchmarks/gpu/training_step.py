@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from torch.autograd import DeviceType
+from torch.autograd import DeviceType  # type: ignore[attr-defined]
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu.program import Function, Program

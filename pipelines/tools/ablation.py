@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -52,7 +53,8 @@ def with_list(text: str, key: str, values: Sequence[object]) -> str:
     return text[: start.index] + written + text[end.index :]
 
 
-def _child(mapping: yaml.MappingNode, key: str) -> yaml.MappingNode | yaml.SequenceNode:
+def _child(mapping: Any, key: str) -> Any:
+    """The node of a key in a YAML mapping's node."""
     return next(value for name, value in mapping.value if name.value == key)
 
 
