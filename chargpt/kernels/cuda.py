@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from chargpt.kernels import native, reference
+from chargpt.kernels.compiling import assume_constant_result
 from chargpt.kernels.operators import OperatorsWithGradient
 
 CAPABILITY = (8, 0)  # the oldest: Ampere, the first with bfloat16 in tensor cores and with asynchronous copies
@@ -28,7 +29,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor 
     return _OPERATORS.causal_attention(q, k, v, **options)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@assume_constant_result
 def _has_room_for_wide_heads(device: torch.device) -> bool:
     """For float32. True on chips like sm_80 and sm_90, false on sm_86, sm_89 and sm_120."""
     has = torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]

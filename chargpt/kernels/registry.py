@@ -22,6 +22,7 @@ import torch
 
 from chargpt.errors import ConfigError
 from chargpt.kernels import cpp, cuda, native, proven, reference, triton
+from chargpt.kernels.compiling import assume_constant_result
 from chargpt.kernels.triton import operators as triton_operators
 
 Operation = Literal["causal_attention", "softmax_cross_entropy", "add_rms_norm", "qkv_heads", "relu_squared"]
@@ -121,23 +122,34 @@ def resolve(operation: Operation, device: torch.device | str, dtype: torch.dtype
     Raises ConfigError when `impl` is unknown, or is asked for by name and cannot serve the call.
     """
     device_type = torch.device(device).type
-    refusals = {entry.name: _refusal(entry, operation, device_type, dtype) for entry in IMPLEMENTATIONS}
     if impl == "auto":
-        refusals = {entry.name: refusals[entry.name] or entry.unproven() for entry in IMPLEMENTATIONS}
-        name = next(name for name, refusal in refusals.items() if refusal is None)
-        better = list(refusals)[: list(refusals).index(name)]
-        reasons = [f"not {other}, because {refusals[other]}" for other in better]
-        return Choice(name, "; ".join(reasons) or "first choice")
-    if impl not in refusals:
-        raise ConfigError(f"kernels must be one of auto, {', '.join(refusals)}; got {impl!r}")
-    if operation in SMALL and refusals[impl] == _has_no(operation):
+        return _first(operation, device_type, dtype)
+    entry = next((entry for entry in IMPLEMENTATIONS if entry.name == impl), None)
+    if entry is None:
+        known = ", ".join(entry.name for entry in IMPLEMENTATIONS)
+        raise ConfigError(f"kernels must be one of auto, {known}; got {impl!r}")
+    refusal = _absence(entry) or _refusal(entry, operation, device_type, dtype)
+    if operation in SMALL and refusal == _has_no(operation):
         return Choice(IMPLEMENTATIONS[-1].name, f"{impl} leaves it to the reference")
-    if refusals[impl] is not None:
-        raise ConfigError(f"kernels={impl} cannot run {operation}: {refusals[impl]}; use kernels=auto or kernels=torch")
+    if refusal is not None:
+        raise ConfigError(f"kernels={impl} cannot run {operation}: {refusal}; use kernels=auto or kernels=torch")
     return Choice(impl, "asked for by name")
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _first(operation: Operation, device_type: str, dtype: torch.dtype) -> Choice:
+    """The first implementation that serves, and why none before it; those for other devices are not worth a word."""
+    reasons: list[str] = []
+    for entry in IMPLEMENTATIONS:
+        if entry.devices is not None and device_type not in entry.devices:
+            continue
+        refusal = _absence(entry) or _refusal(entry, operation, device_type, dtype) or entry.unproven()
+        if refusal is None:
+            return Choice(entry.name, "; ".join(reasons) or "first choice")
+        reasons.append(f"not {entry.name}, because {refusal}")
+    raise AssertionError("the reference serves every call")
+
+
+@assume_constant_result
 def choose(operation: Operation, device_type: str, dtype: torch.dtype, impl: str) -> int:
     """`resolve` for the hot path: an index into IMPLEMENTATIONS, found once for each combination of arguments.
 
@@ -169,8 +181,6 @@ def _limits(entry: Implementation) -> str:
 
 
 def _refusal(entry: Implementation, operation: Operation, device_type: str, dtype: torch.dtype) -> str | None:
-    if (absence := _absence(entry)) is not None:
-        return absence
     if entry.devices is not None and device_type not in entry.devices:
         return f"it runs on {' and '.join(entry.devices)}, not on {device_type}"
     if entry.dtypes is not None and dtype not in entry.dtypes:

@@ -191,7 +191,7 @@ void check_long_rows(DType dtype, std::vector<int> shared_bytes, Reduction reduc
 }  // namespace
 
 // Sums over the rows that one block does, that several do, the last of them for one row or for all but one.
-void check_many_rows() {
+[[maybe_unused]] void check_many_rows() {
   constexpr int kSpan = 16384;
   check<__half>({kSpan, 1, 0, 0, kEverything}, DType::kFloat16);
   check<__half>({kSpan + 1, 1, 0, 0, kEverything}, DType::kFloat16);
@@ -209,7 +209,9 @@ int main(int count, char**) {
     check_short_rows<float>(DType::kFloat32);
     check_short_rows<__half>(DType::kFloat16);
     check_short_rows<__nv_bfloat16>(DType::kBFloat16);
+#ifndef __SANITIZE_THREAD__  // which keeps count of no more than 8128 threads; these cases have more than a hundred thousand
     check_many_rows();
+#endif
   }
   std::printf("cross-entropy: %d failures\n", failures);
   return failures == 0 ? 0 : 1;

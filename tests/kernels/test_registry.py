@@ -1,6 +1,8 @@
 """Which implementation a call gets: data in one table, and a sentence for every refusal."""
 
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from types import ModuleType
 
@@ -22,6 +24,7 @@ from chargpt.kernels import (
     resolve,
     softmax_cross_entropy,
 )
+from chargpt.kernels.compiling import assume_constant_result
 from chargpt.kernels.registry import Choice, Implementation
 
 
@@ -82,8 +85,7 @@ def test_auto_takes_the_first_that_serves(monkeypatch: pytest.MonkeyPatch) -> No
     choice = resolve("causal_attention", "cpu", torch.float32)
     assert choice.name == "torch"
     assert choice.reason == (
-        "not broken, because no compiler; not gpu, because it runs on cuda, not on cpu; "
-        "not half, because it takes torch.bfloat16, not torch.float32"
+        "not broken, because no compiler; not half, because it takes torch.bfloat16, not torch.float32"
     )
     with pytest.raises(ConfigError, match="it has no softmax_cross_entropy"):
         resolve("softmax_cross_entropy", "cpu", torch.bfloat16, "half")
@@ -140,18 +142,12 @@ def test_auto_leaves_alone_what_is_unproven_here_and_a_name_does_not(
     with_problems(monkeypatch, UNPROVEN, cuda=None, triton=None)
     choice = resolve(operation, "cuda", torch.bfloat16)
     assert choice.name == "torch"
-    assert choice.reason == (
-        f"not cuda, because {UNPROVEN}; not triton, because {UNPROVEN}; not cpp, because {cpp_on_a_gpu()}"
-    )
+    assert choice.reason == (f"not cuda, because {UNPROVEN}; not triton, because {UNPROVEN}")
     for name in ("cuda", "triton"):
         assert resolve(operation, "cuda", torch.bfloat16, name) == Choice(name, "asked for by name")
     assert {"cuda", "triton"} < set(available_implementations())
     with_problems(monkeypatch, cuda="not built", triton=None)
     assert resolve(operation, "cuda", torch.bfloat16).name == "triton"
-
-
-def cpp_on_a_gpu() -> str:
-    return native.load().problem or "it runs on cpu, not on cuda"
 
 
 def test_what_auto_leaves_alone_is_described_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,3 +214,25 @@ def test_the_last_entry_serves_everything() -> None:
     last = registry.IMPLEMENTATIONS[-1]
     assert (last.devices, last.dtypes, last.problem()) == (None, None, None)
     assert last.causal_attention is reference.causal_attention
+
+
+def test_importing_the_kernels_and_choosing_for_a_cpu_imports_no_compiler_and_nothing_of_a_gpu() -> None:
+    """Each of these costs more than a second, or a GPU's memory."""
+    program = """if True:
+        import sys
+        import torch
+        from chargpt.kernels import resolve, softmax_cross_entropy
+        import chargpt.generation, chargpt.checkpoint, chargpt.training
+        resolve("causal_attention", "cpu", torch.float32)
+        softmax_cross_entropy(torch.zeros(2, 3), torch.tensor([0, 1]))
+        heavy = ("torch._dynamo", "torch._inductor", "triton", "chargpt._native_cuda", "mlflow", "dvc", "matplotlib")
+        assert not {*heavy} & {*sys.modules}, {*heavy} & {*sys.modules}
+    """
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_the_mark_for_torch_compile_is_the_one_that_it_sets_itself() -> None:
+    def ours() -> None: ...
+    def theirs() -> None: ...
+
+    assert vars(assume_constant_result(ours)) == vars(torch.compiler.assume_constant_result(theirs)) != {}
