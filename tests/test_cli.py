@@ -78,6 +78,9 @@ def test_help_of_each_command_has_examples_that_parse(command: str, chargpt: Cha
     assert (code, err) == (0, "")
     examples = re.findall(rf"^  (chargpt {command}.*?)(?:  .*)?$", out.split("examples:")[1], re.M)
     assert len(examples) >= 2
+    for option in re.findall(r"^  (--\S+ [A-Z].*?)(?=^  -|^\S|\Z)", out, re.M | re.S):  # those that take a value
+        given = option.split()[0] in ("--config", "--set", "--teacher", "--text")  # nothing, where they are left out
+        assert given or "(default: " in " ".join(option.split()), option
     for example in examples:
         cli.build_parser().parse_args(shlex.split(example)[1:])
 

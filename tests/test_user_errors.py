@@ -47,7 +47,9 @@ def test_a_text_that_cannot_be_trained_on(name: str, chargpt: Chargpt, tmp_path:
     ("arguments", "message"),
     [
         (["--set", "model.n_embd=10", "--set", "model.n_head=4"], r"n_embd must be divisible by n_head.*n_embd=10"),
-        (["--set", "model.n_layers=3"], r"unknown key model\.n_layers; did you mean n_layer\?"),
+        (["--device", "gpu"], r"device must be"),
+        (["--set", "n_layer=3"], r"unknown key n_layer; did you mean model\.n_layer\?"),
+        (["--set", "model.n_layers=3"], r"unknown key model\.n_layers; did you mean model\.n_layer\?"),
         (["--set", "n_layer"], r"--set takes key=value"),
         (["--set", "modle.n_layer=3"], r"'modle' is no group of knobs; did you mean model\?"),
         (["--set", "max_steps=many"], r"max_steps must be a whole number, got 'many'"),

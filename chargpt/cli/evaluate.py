@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from chargpt.cli.parsing import CHECKPOINTS, Commands, command
+from chargpt.cli.parsing import CHECKPOINTS, DEVICES, Commands, command
 from chargpt.errors import CorpusError, TokenizerError
 
 if TYPE_CHECKING:
@@ -36,8 +36,8 @@ def add(commands: Commands) -> None:
         default="all",
         help="how to score (default: all of the first three); dynamic learns from each window after scoring it",
     )
-    evaluate.add_argument("--encoding", default="utf-8", help="of --text")
-    evaluate.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    evaluate.add_argument("--encoding", default="utf-8", help="of --text (default: %(default)s)")
+    evaluate.add_argument("--device", default="auto", help=f"{DEVICES} (default: %(default)s)")
     evaluate.add_argument("--json", action="store_true", help="print JSON")
 
 

@@ -6,6 +6,8 @@ from typing import TypeAlias
 
 CHECKPOINTS = "the folder of a run (its best checkpoint) or of a checkpoint; several predict together, by the mean"
 
+DEVICES = "auto, cpu, cuda or cuda:N"
+
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 

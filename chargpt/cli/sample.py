@@ -3,7 +3,8 @@
 import argparse
 from pathlib import Path
 
-from chargpt.cli.parsing import CHECKPOINTS, Commands, command
+from chargpt.cli.parsing import CHECKPOINTS, DEVICES, Commands, command
+from chargpt.config import SampleConfig
 from chargpt.errors import ConfigError
 
 EXAMPLES = """examples:
@@ -12,28 +13,37 @@ EXAMPLES = """examples:
 
 
 def add(commands: Commands) -> None:
+    usual = SampleConfig()
     sample = command(commands, "sample", run, EXAMPLES, "Generate text from a run or a checkpoint.")
     sample.add_argument("checkpoints", metavar="checkpoint", type=Path, nargs="+", help=CHECKPOINTS)
-    sample.add_argument("--prompt", default="", help="text to go on from")
+    sample.add_argument("--prompt", default="", help="text to go on from (default: none)")
     sample.add_argument("--stream", action="store_true", help="print each token as it comes")
-    sample.add_argument("--num-samples", type=int, default=1)
-    sample.add_argument("--max-new-tokens", type=int, default=500)
-    sample.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: 0.8)")
-    sample.add_argument("--top-k", type=int, help="keep the k likeliest tokens")
-    sample.add_argument("--top-p", type=float, help="keep the likeliest tokens that together have this probability")
-    sample.add_argument("--seed", type=int, default=1337)
+    sample.add_argument("--num-samples", type=int, default=usual.num_samples, help="samples (default: %(default)s)")
+    sample.add_argument(
+        "--max-new-tokens", type=int, default=usual.max_new_tokens, help="length of each (default: %(default)s)"
+    )
+    sample.add_argument(
+        "--temperature",
+        type=float,
+        default=usual.temperature,
+        help="0 takes the likeliest token (default: %(default)s)",
+    )
+    sample.add_argument("--top-k", type=int, help="keep the k likeliest tokens (default: all)")
+    sample.add_argument(
+        "--top-p", type=float, help="keep the likeliest tokens that together have this probability (default: all)"
+    )
+    sample.add_argument("--seed", type=int, default=usual.seed, help="of the random choices (default: %(default)s)")
     sample.add_argument(
         "--unknown",
         choices=("strict", "replace", "skip"),
-        default="strict",
-        help="what to do with characters of the prompt that the model does not know (default: strict, an error)",
+        default=usual.unknown,
+        help="what to do with characters of the prompt that the model does not know (default: %(default)s, an error)",
     )
-    sample.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    sample.add_argument("--device", default="auto", help=f"{DEVICES} (default: %(default)s)")
 
 
 def run(arguments: argparse.Namespace) -> None:
     from chargpt.checkpoint import load_ensemble
-    from chargpt.config import SampleConfig
     from chargpt.generation import generate_text, stream_text
     from chargpt.runtime import resolve_device
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from chargpt.cli.parsing import Commands, command
+from chargpt.cli.parsing import DEVICES, Commands, command
 
 if TYPE_CHECKING:
     from chargpt.data import Splits
@@ -31,7 +31,12 @@ def add(commands: Commands) -> None:
     )
     train.add_argument("text", help="a text file, or a folder of text files")
     train.add_argument("--out", type=Path, help="the run's folder (default: runs/<name of the text>)")
-    train.add_argument("--minutes", type=float, metavar="N", help="time to train; it also chooses the preset")
+    train.add_argument(
+        "--minutes",
+        type=float,
+        metavar="N",
+        help="time to train; it also chooses the preset (default: the preset's time)",
+    )
     base = train.add_mutually_exclusive_group()
     base.add_argument("--preset", metavar="NAME", help="nanogpt-cpu, modern or cpu-best (default: by the minutes)")
     base.add_argument("--config", type=Path, help="YAML with the fields of one variant of params.yaml, taken as it is")
@@ -48,9 +53,10 @@ def add(commands: Commands) -> None:
         help="learn what these runs on the same text predict together (distillation), in place of the text itself; "
         "after the text on the command line",
     )
-    train.add_argument("--seed", type=int, default=1, help="of weights, batches and dropout (default: 1)")
+    train.add_argument("--device", help=f"{DEVICES}, as --set device=… (default: the preset's, auto)")
+    train.add_argument("--seed", type=int, default=1, help="of weights, batches and dropout (default: %(default)s)")
     train.add_argument("--val-fraction", type=float, help="last part of the text to validate on (default: a tenth)")
-    train.add_argument("--encoding", default="utf-8", help="of the text (default: utf-8)")
+    train.add_argument("--encoding", default="utf-8", help="of the text (default: %(default)s)")
     train.add_argument("--track", action="store_true", help="log the run to MLflow (needs chargpt[pipeline])")
 
 
@@ -63,7 +69,8 @@ def run(arguments: argparse.Namespace) -> None:
     from chargpt.runtime import resolve_device
     from chargpt.training import Run, require_unfinished, train
 
-    request = Request(arguments.preset, arguments.minutes, tuple(arguments.set), len(arguments.teacher))
+    assignments = (*arguments.set, *([] if arguments.device is None else [f"device={arguments.device}"]))
+    request = Request(arguments.preset, arguments.minutes, assignments, len(arguments.teacher))
     # Mistakes in the command show here, before the text is read.
     start = load_train_config(arguments.config) if arguments.config else PRESETS[choose_preset(request, gpu=False)[0]]
     config = budgeted(start, request)

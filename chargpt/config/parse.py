@@ -5,6 +5,7 @@
 
 import contextlib
 import dataclasses
+import difflib
 import types
 import typing
 from pathlib import Path
@@ -141,7 +142,7 @@ def _convert_dataclass(cls: Any, raw: Any, source: str, key: str) -> Any:
     prefix = f"{key}." if key else ""
     for name in raw:
         if name not in hints:
-            raise ConfigError(f"{source}: unknown key {prefix}{name}{nearest(str(name), hints)}")
+            raise ConfigError(f"{source}: unknown key {prefix}{name}{_suggestion(str(name), hints, prefix)}")
     for item in dataclasses.fields(cls):
         no_default = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
         if no_default and item.name not in raw:
@@ -151,6 +152,22 @@ def _convert_dataclass(cls: Any, raw: Any, source: str, key: str) -> Any:
         return cls(**values)
     except ConfigError as error:
         raise ConfigError(f"{source}: {prefix.rstrip('.') + ': ' if prefix else ''}{error}") from None
+
+
+def _suggestion(name: str, hints: dict[str, Any], prefix: str) -> str:
+    """A hint for an error: the known key that was meant, with its groups, among those here and in the groups inside."""
+    here = {known: prefix + known for known in hints}
+    inside: dict[str, str] = {}
+    for group, wanted in hints.items():
+        for cls in filter(dataclasses.is_dataclass, (wanted, *typing.get_args(wanted))):
+            for known in typing.get_type_hints(cls):
+                inside.setdefault(known, f"{prefix}{group}.{known}")
+    if name in inside:
+        return f"; did you mean {inside[name]}?"
+    for keys in (here, inside):
+        if match := difflib.get_close_matches(name, keys, n=1):
+            return f"; did you mean {keys[match[0]]}?"
+    return f"; known: {', '.join(hints)}"
 
 
 def _by_kind(choices: tuple[Any, ...], raw: Any, source: str, key: str) -> Any:
