@@ -12,7 +12,7 @@ from torch import nn
 from chargpt.config import BigramConfig, ModelConfig, TransformerConfig
 from chargpt.data import Splits, random_batch
 from chargpt.kernels import qkv_heads
-from chargpt.models import Transformer, build_model, parameter_count
+from chargpt.models import Ensemble, Transformer, build_model, parameter_count
 
 V = 11  # symbols
 
@@ -529,3 +529,21 @@ def test_torch_compile_takes_a_transformer_as_one_graph() -> None:
 def test_a_model_is_a_transformer_or_a_bigram_as_its_config_says() -> None:
     assert isinstance(build_model(TransformerConfig(), V, 0), Transformer)
     assert list(build_model(BigramConfig(), V, 0).state_dict()) == ["token_table.weight"]
+
+
+# ------------------------------------------------------------------------------------------------ hidden states, logits
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_the_logits_of_one_position_are_those_of_all(softcap: float | None) -> None:
+    """Of every kind of model, an ensemble of unequal ones included."""
+    narrow = TransformerConfig(block_size=6, n_layer=1, n_head=1, n_embd=4, tied_head=False, bias=True)
+    wide = TransformerConfig(block_size=6, n_layer=1, n_head=2, n_embd=8, logit_softcap=softcap)
+    members = [build_model(config, 7, seed=1).double().eval() for config in (BigramConfig(), narrow, wide)]
+    idx = torch.randint(7, (3, 6), generator=torch.Generator().manual_seed(1))
+    for model in (*members, Ensemble(members)):
+        h = model.hidden(idx)
+        assert h.shape[:2] == idx.shape
+        torch.testing.assert_close(model.logits(h[:, -1]), model(idx)[0][:, -1])
+    probabilities = torch.stack([member(idx)[0].softmax(-1) for member in members]).mean(0)
+    torch.testing.assert_close(Ensemble(members)(idx)[0].softmax(-1).double(), probabilities, rtol=1e-5, atol=1e-7)

@@ -54,8 +54,8 @@ def stream_tokens(
     window = idx
     for _ in range(max_new_tokens):
         window = window[:, -model.block_size :]
-        logits, _ = model(window)  # (B, T, V)
-        probabilities = next_token_probabilities(logits[:, -1], temperature, top_k, top_p)  # (B, V)
+        logits = model.logits(model.hidden(window)[:, -1])  # (B, V)
+        probabilities = next_token_probabilities(logits, temperature, top_k, top_p)  # (B, V)
         token = torch.multinomial(probabilities, 1, generator=generator)  # (B, 1)
         window = torch.cat([window, token], dim=1)
         yield token

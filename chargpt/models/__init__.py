@@ -1,4 +1,4 @@
-"""Language models: a model is (config, tokens) -> (logits, loss), nothing else."""
+"""Language models: tokens to hidden states, hidden states to logits."""
 
 from typing import Protocol
 
@@ -16,13 +16,17 @@ Model = BigramLanguageModel | Transformer
 
 
 class LanguageModel(Protocol):
-    """What sampling and evaluation ask of a model."""
+    """What generation asks of a model: who needs the next token alone takes the logits of the last row alone."""
 
     block_size: int
 
-    def __call__(
-        self, idx: torch.Tensor, targets: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]: ...
+    def hidden(self, idx: torch.Tensor) -> torch.Tensor:
+        """Hidden states (B, T, C) of `idx` (B, T), with T ≤ block_size."""
+        ...
+
+    def logits(self, h: torch.Tensor) -> torch.Tensor:
+        """Logits (…, V) for the token after each of the hidden states (…, C)."""
+        ...
 
 
 def build_model(config: ModelConfig, vocab_size: int, seed: int, kernels: str = "auto") -> Model:

@@ -1,6 +1,7 @@
 """Several models as one: the mean of their probabilities."""
 
 import math
+import typing
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -25,12 +26,25 @@ class Ensemble(nn.Module):
         self.members, self.kernels = nn.ModuleList(members), kernels
         self.block_size: int = min(member.block_size for member in members)
 
+    def hidden(self, idx: torch.Tensor) -> torch.Tensor:
+        """The members' hidden states of `idx` (B, T) side by side: (B, T, C₁ + C₂ + …)."""
+        return torch.cat([member.hidden(idx) for member in self._models()], -1)
+
+    def logits(self, h: torch.Tensor) -> torch.Tensor:
+        """Logits (…, V), float32, of the members' mean probability, from hidden states (…, C₁ + C₂ + …)."""
+        models = self._models()
+        own = torch.split(h, [model.width for model in models], -1)
+        logs = [model.logits(part).float().log_softmax(-1) for model, part in zip(models, own, strict=True)]
+        return torch.stack(logs).logsumexp(0) - math.log(len(self.members))
+
     def forward(
         self, idx: torch.Tensor, targets: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Logits (B, T, V), float32, for the token after each of `idx` (B, T); the mean loss in nats if `targets`."""
-        logs = torch.stack([member(idx)[0].float().log_softmax(-1) for member in self.members])  # (M, B, T, V)
-        logits = logs.logsumexp(0) - math.log(len(self.members))
+        logits = self.logits(self.hidden(idx))
         if targets is None:
             return logits, None
         return logits, softmax_cross_entropy(logits, targets, impl=self.kernels)
+
+    def _models(self) -> "list[Model]":
+        return typing.cast("list[Model]", list(self.members))

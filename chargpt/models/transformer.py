@@ -156,7 +156,7 @@ class Transformer(nn.Module):
         super().__init__()
         seed = int(torch.randint(2**62, ()))  # before any part draws, so that the parts do not matter to it
         self.config, self.vocab_size, self.kernels = config, vocab_size, kernels
-        self.block_size = config.block_size
+        self.block_size, self.width = config.block_size, config.n_embd  # tokens of context; C
         self.token_embedding = nn.Embedding(vocab_size, config.n_embd)
         self.bigram_embedding = (
             nn.Embedding(min(vocab_size**2, BIGRAM_ROWS), config.n_embd) if config.bigram_embeddings else None
@@ -168,10 +168,8 @@ class Transformer(nn.Module):
         self.head = None if config.tied_head else nn.Linear(config.n_embd, vocab_size, bias=config.bias)
         self._initialise(seed)
 
-    def forward(
-        self, idx: torch.Tensor, targets: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Logits (B, T, V) for the token after each of `idx` (B, T), and the mean loss in nats if `targets` (B, T)."""
+    def hidden(self, idx: torch.Tensor) -> torch.Tensor:
+        """What the head reads for each of `idx` (B, T): (B, T, C)."""
         T = idx.size(1)
         if self.block_size < T:
             raise ValueError(f"{T} tokens were fed to a model whose block_size is {self.block_size}")
@@ -185,13 +183,29 @@ class Transformer(nn.Module):
         for block in self.blocks:
             x, branch = block(x, branch, idx)
         _, x = self.norm(x, branch)
-        head = self.token_embedding.weight if self.head is None else self.head.weight  # (V, C)
-        logits = F.linear(x, head, None if self.head is None else self.head.bias)  # (B, T, V)
-        cap = self.config.logit_softcap
-        capped = logits if cap is None else cap * torch.tanh(logits / cap)
+        return x  # type: ignore[no-any-return]
+
+    def logits(self, h: torch.Tensor) -> torch.Tensor:
+        """Logits (…, V) for the token after each of the hidden states (…, C)."""
+        return self._capped(self._project(h))
+
+    def forward(
+        self, idx: torch.Tensor, targets: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Logits (B, T, V) for the token after each of `idx` (B, T), and the mean loss in nats if `targets` (B, T)."""
+        logits = self._project(self.hidden(idx))  # (B, T, V)
+        capped = self._capped(logits)
         if targets is None:
             return capped, None
-        return capped, softmax_cross_entropy(logits, targets, softcap=cap, impl=self.kernels)
+        return capped, softmax_cross_entropy(logits, targets, softcap=self.config.logit_softcap, impl=self.kernels)
+
+    def _project(self, h: torch.Tensor) -> torch.Tensor:  # (…, C)
+        head = self.token_embedding.weight if self.head is None else self.head.weight  # (V, C)
+        return F.linear(h, head, None if self.head is None else self.head.bias)  # (…, V)
+
+    def _capped(self, logits: torch.Tensor) -> torch.Tensor:
+        cap = self.config.logit_softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def _bigrams(self, idx: torch.Tensor) -> torch.Tensor:
         """The row (B, T) of each token and the one before it in the table of pairs; the first token stands for both.

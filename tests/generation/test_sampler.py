@@ -33,9 +33,13 @@ class SpyModel:
         self.block_size, self.vocab_size = block_size, vocab_size
         self.fed: list[list[list[int]]] = []
 
-    def __call__(self, idx: torch.Tensor, targets: torch.Tensor | None = None) -> tuple[torch.Tensor, None]:
+    def hidden(self, idx: torch.Tensor) -> torch.Tensor:
         self.fed.append(idx.tolist())
-        return 50.0 * torch.nn.functional.one_hot((idx + 1) % self.vocab_size, self.vocab_size).float(), None
+        return idx[..., None]  # (B, T, 1)
+
+    def logits(self, h: torch.Tensor) -> torch.Tensor:
+        assert h.dim() == 2, "only the last position's logits are needed"  # (B, 1)
+        return 50.0 * torch.nn.functional.one_hot((h[:, 0] + 1) % self.vocab_size, self.vocab_size).float()
 
 
 # -------------------------------------------------------------------------------------------- logits to probabilities
