@@ -231,7 +231,11 @@ def test_an_interrupted_stage_goes_on_under_its_own_mlflow_run(project: Path) ->
 @pytest.mark.parametrize(
     ("change", "stage", "says"),
     [
-        (lambda raw: raw["variants"]["bigram"]["model"].update(block_sise=8), "download", "did you mean block_size?"),
+        (
+            lambda raw: raw["variants"]["bigram"]["model"].update(block_sise=8),
+            "download",
+            "did you mean variants.bigram.model.block_size?",
+        ),
         (lambda raw: raw["corpus"].update(path="absent.txt"), "download", "absent.txt"),
         (
             lambda raw: raw["corpus"].update(path=None, name="tiny_shakespear"),
