@@ -11,12 +11,11 @@ from typing import cast
 
 import numpy as np
 import torch
-from torch import nn
 
 from benchmarks.harness import Measurement, compare, report
 from chargpt.config import OptimizerConfig, TrainConfig, TransformerConfig, override
 from chargpt.data import RandomBatches
-from chargpt.models import build_model, parameter_count
+from chargpt.models import LanguageModel, build_model, parameter_count
 from chargpt.runtime import Runtime
 from chargpt.training import training_step
 from chargpt.training.optim import build_optimizers
@@ -70,7 +69,7 @@ def step(
     batches = RandomBatches(tokens, batch_size, model.block_size, seed=3)
     runtime = Runtime(torch.device("cpu"), precision, compiled, kernels, ())
     optimizers = build_optimizers(network, config.optimizer)
-    trained = cast(nn.Module, torch.compile(network)) if compiled else network
+    trained = cast(LanguageModel, torch.compile(network)) if compiled else network
     return partial(training_step, trained, optimizers, batches, config, runtime)
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from chargpt.config import BigramConfig, ModelConfig, TransformerConfig
 from chargpt.data import Splits, random_batch
 from chargpt.kernels import qkv_heads
-from chargpt.models import Ensemble, Transformer, build_model, parameter_count
+from chargpt.models import Ensemble, LanguageModel, Transformer, build_model, parameter_count
 
 V = 11  # symbols
 
@@ -75,6 +75,10 @@ def every_pair_of_choices() -> list[dict[str, Any]]:
     return chosen
 
 
+def logits_of(model: LanguageModel, idx: torch.Tensor) -> torch.Tensor:  # (B, T, V)
+    return model.logits(model.hidden(idx))
+
+
 PAIRS = every_pair_of_choices()
 COMBINATIONS: list[ModelConfig] = [BigramConfig(block_size=7), *(tiny(**parts) for parts in PAIRS)]
 everywhere = pytest.mark.parametrize("config", COMBINATIONS, ids=[str(i) for i in range(len(COMBINATIONS))])
@@ -86,9 +90,9 @@ everywhere = pytest.mark.parametrize("config", COMBINATIONS, ids=[str(i) for i i
 def test_the_lectures_bigram_table_has_the_lectures_loss(shakespeare_splits: Splits) -> None:
     torch.manual_seed(1337)
     x, y = random_batch(shakespeare_splits.train, batch_size=4, block_size=8, generator=None)
-    logits, loss = build_model(BigramConfig(), vocab_size=65, seed=1337)(x, y)
-    assert logits.shape == (4, 8, 65)
-    assert loss.item() == pytest.approx(4.8786, abs=5e-5)
+    model = build_model(BigramConfig(), vocab_size=65, seed=1337)
+    assert logits_of(model, x).shape == (4, 8, 65)
+    assert model(x, y).item() == pytest.approx(4.8786, abs=5e-5)
 
 
 def test_a_model_that_knows_nothing_guesses_uniformly(shakespeare_splits: Splits) -> None:
@@ -98,9 +102,9 @@ def test_a_model_that_knows_nothing_guesses_uniformly(shakespeare_splits: Splits
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.zero_()
-        assert model(x, y)[1].item() == pytest.approx(4.1744, abs=5e-5) == pytest.approx(math.log(65), abs=5e-5)
+        assert model(x, y).item() == pytest.approx(4.1744, abs=5e-5) == pytest.approx(math.log(65), abs=5e-5)
     # GPT-2's initialisation starts close to that.
-    fresh = build_model(TransformerConfig(block_size=8), vocab_size=65, seed=0)(x, y)[1].item()
+    fresh = build_model(TransformerConfig(block_size=8), vocab_size=65, seed=0)(x, y).item()
     assert fresh == pytest.approx(math.log(65), abs=0.1)
 
 
@@ -119,12 +123,12 @@ def test_the_lectures_steps_learn_one_batch(config: TransformerConfig) -> None:
     model = build_model(config, V, seed=0)
     x, y = batch()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    first = model(x, y)[1].item()
+    first = model(x, y).item()
     for _ in range(60):
         optimizer.zero_grad()
-        model(x, y)[1].backward()
+        model(x, y).backward()
         optimizer.step()
-    assert model(x, y)[1].item() < first - 0.3
+    assert model(x, y).item() < first - 0.3
 
 
 def test_one_head_of_the_lecture_has_its_parameters() -> None:
@@ -148,8 +152,7 @@ def test_the_combinations_hold_every_pair_of_choices() -> None:
 def test_every_combination_trains_all_of_its_parameters(config: ModelConfig) -> None:
     model = shaken(config).train()
     x, y = batch()
-    logits, loss = model(x, y)
-    assert logits.shape == (3, 7, V)
+    loss = model(x, y)
     assert loss.shape == ()
     loss.backward()
     for name, parameter in model.named_parameters():
@@ -162,7 +165,7 @@ def test_every_combination_trains_all_of_its_parameters(config: ModelConfig) -> 
 def test_every_combination_starts_finite_in_float32(config: ModelConfig) -> None:
     model = build_model(config, V, seed=0)
     x, y = batch()
-    _, loss = model(x, y)
+    loss = model(x, y)
     loss.backward()
     assert loss.dtype == torch.float32
     assert math.isfinite(loss.item())
@@ -173,12 +176,12 @@ def test_every_combination_starts_finite_in_float32(config: ModelConfig) -> None
 def test_the_future_never_changes_the_past(config: ModelConfig) -> None:
     model = shaken(config)
     x, _ = batch()
-    logits, _ = model(x)
+    logits = logits_of(model, x)
     for t in range(1, 7):
         changed = x.clone()
         changed[:, t:] = (changed[:, t:] + 1) % V
-        assert torch.equal(model(changed)[0][:, :t], logits[:, :t])
-        assert not torch.equal(model(changed)[0][:, t], logits[:, t])
+        assert torch.equal(logits_of(model, changed)[:, :t], logits[:, :t])
+        assert not torch.equal(logits_of(model, changed)[:, t], logits[:, t])
 
 
 @everywhere
@@ -187,7 +190,7 @@ def test_the_past_reaches_every_later_token_of_a_transformer_and_none_of_a_bigra
     x, _ = batch()
     changed = x.clone()
     changed[:, 0] = (changed[:, 0] + 1) % V
-    same = (model(changed)[0] == model(x)[0]).all(-1)[:, 1:]
+    same = (logits_of(model, changed) == logits_of(model, x)).all(-1)[:, 1:]
     assert same.all() if isinstance(config, BigramConfig) else not same.any()
 
 
@@ -195,19 +198,21 @@ def test_the_past_reaches_every_later_token_of_a_transformer_and_none_of_a_bigra
 def test_the_loss_is_the_cross_entropy_of_the_logits(config: ModelConfig) -> None:
     model = shaken(config)
     x, y = batch()
-    logits, loss = model(x, y)
-    torch.testing.assert_close(loss, F.cross_entropy(logits.flatten(0, 1), y.flatten()))
-    alone, none = model(x)
-    assert none is None
-    assert torch.equal(alone, logits)
+    h = model.hidden(x)
+    expected = F.cross_entropy(model.logits(h).flatten(0, 1), y.flatten(), reduction="none").view_as(y)
+    torch.testing.assert_close(model.loss(h, y, "none"), expected)
+    torch.testing.assert_close(model.loss(h, y, "sum"), expected.sum())
+    torch.testing.assert_close(model.loss(h, y), expected.mean())
+    assert torch.equal(model(x, y), model.loss(h, y))
+    torch.testing.assert_close(model.loss(h[:, -1], y[:, -1], "none"), expected[:, -1])
 
 
 @everywhere
 def test_rows_of_a_batch_do_not_meet(config: ModelConfig) -> None:
     model = shaken(config)
     x, _ = batch()
-    together = model(x)[0]
-    alone = torch.cat([model(row[None])[0] for row in x])
+    together = logits_of(model, x)
+    alone = torch.cat([logits_of(model, row[None]) for row in x])
     torch.testing.assert_close(alone, together, atol=1e-10, rtol=1e-10)
 
 
@@ -227,10 +232,10 @@ def test_weights_depend_on_the_seed_alone_and_leave_torchs_generator_as_it_was(c
 @everywhere
 def test_short_texts_are_welcome_and_long_ones_refused(config: ModelConfig) -> None:
     model = shaken(config)
-    assert model(batch(length=1)[0])[0].shape == (3, 1, V)
+    assert logits_of(model, batch(length=1)[0]).shape == (3, 1, V)
     if isinstance(config, TransformerConfig):
         with pytest.raises(ValueError, match="8 tokens were fed to a model whose block_size is 7"):
-            model(batch(length=8)[0])
+            model.hidden(batch(length=8)[0])
 
 
 # ----------------------------------------------------------------------------------------------------------- parameters
@@ -249,9 +254,9 @@ def test_a_tied_head_is_the_embedding_and_counts_once() -> None:
     assert parameter_count(untied) - parameter_count(tied) == V * 16
     assert "head.weight" not in tied.state_dict()
     zeros = torch.zeros(1, 7, dtype=torch.long)
-    tied(zeros, zeros)[1].backward()
+    tied(zeros, zeros).backward()
     assert (tied.token_embedding.weight.grad[5] != 0).any()  # as a row of the head: token 5 was no input
-    untied(zeros, zeros)[1].backward()
+    untied(zeros, zeros).backward()
     assert (untied.token_embedding.weight.grad[5] == 0).all()
 
 
@@ -278,14 +283,14 @@ def test_initial_weights_have_gpt2s_widths() -> None:
 def test_a_softcap_bounds_the_logits_by_its_formula(cap: float) -> None:
     free, capped = shaken(tiny()), shaken(tiny(logit_softcap=cap))
     x, _ = batch()
-    logits = 50 * free(x)[0]
+    logits = 50 * logits_of(free, x)
     with torch.no_grad():
         for model in (free, capped):
             model.norm.weight *= 50
-    torch.testing.assert_close(free(x)[0], logits)
-    assert free(x)[0].abs().max() > cap
-    assert capped(x)[0].abs().max() <= cap
-    torch.testing.assert_close(capped(x)[0], cap * torch.tanh(logits / cap))
+    torch.testing.assert_close(logits_of(free, x), logits)
+    assert logits_of(free, x).abs().max() > cap
+    assert logits_of(capped, x).abs().max() <= cap
+    torch.testing.assert_close(logits_of(capped, x), cap * torch.tanh(logits / cap))
 
 
 @pytest.mark.parametrize("init", ["gpt2", "torch"])
@@ -293,9 +298,8 @@ def test_a_softcap_bounds_the_logits_by_its_formula(cap: float) -> None:
 def test_added_embeddings_begin_as_the_same_seed_without_them(part: str, init: str) -> None:
     without, with_them = (build_model(tiny(init=init, **{part: on}), V, seed=0) for on in (False, True))
     assert parameter_count(with_them) > parameter_count(without)
-    x, y = batch()
-    for a, b in zip(without(x, y), with_them(x, y), strict=True):
-        assert torch.equal(a, b)
+    x, _ = batch()
+    assert torch.equal(logits_of(without, x), logits_of(with_them, x))
 
 
 def test_models_of_one_seed_share_the_weights_of_the_parts_they_share() -> None:
@@ -337,7 +341,7 @@ def test_value_embeddings_add_a_row_of_their_table_to_the_values() -> None:
     idx = torch.tensor([[3]])
     x = model.token_embedding.weight[3] + model.position_embedding.weight[0]
     value = model.blocks[0].attention.qkv.weight[-16:] @ x + model.blocks[0].attention.value_embedding.weight[3]
-    torch.testing.assert_close(model(idx)[0][0, 0], model.head.weight @ value)
+    torch.testing.assert_close(logits_of(model, idx)[0, 0], model.head.weight @ value)
 
 
 def rotated(x: torch.Tensor) -> torch.Tensor:
@@ -375,7 +379,7 @@ def test_without_positions_the_order_of_the_past_does_not_matter_and_with_them_i
     # One layer: in a second one the earlier tokens would have seen different pasts.
     for position in ("none", "learned", "rotary"):
         model = shaken(tiny(n_layer=1, position=position))
-        same = torch.allclose(model(x)[0][:, -1], model(shuffled)[0][:, -1], atol=1e-10)
+        same = torch.allclose(logits_of(model, x)[:, -1], logits_of(model, shuffled)[:, -1], atol=1e-10)
         assert same == (position == "none")
 
 
@@ -394,19 +398,18 @@ def test_grouped_heads_are_repeated_heads(n_kv_head: int, parts: dict[str, Any])
             tensor = tensor.unflatten(1, (-1, 4)).repeat_interleave(4 // n_kv_head, 1).flatten(1)
         state[name] = tensor
     full.load_state_dict(state)
-    x, y = batch()
-    for a, b in zip(grouped(x, y), full(x, y), strict=True):
-        torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
+    x, _ = batch()
+    torch.testing.assert_close(logits_of(grouped, x), logits_of(full, x), atol=1e-10, rtol=1e-10)
 
 
 def test_qk_norm_makes_the_size_of_queries_and_keys_irrelevant() -> None:
     model = shaken(tiny(qk_norm=True, n_layer=1))
     x, _ = batch()
-    before = model(x)[0]
+    before = logits_of(model, x)
     with torch.no_grad():
         model.blocks[0].attention.qkv.weight[:16] *= 100.0
         model.blocks[0].attention.qkv.weight[16:32] *= 0.5
-    torch.testing.assert_close(model(x)[0], before, atol=1e-4, rtol=1e-4)  # RMSNorm's ε
+    torch.testing.assert_close(logits_of(model, x), before, atol=1e-4, rtol=1e-4)  # RMSNorm's ε
 
 
 @pytest.mark.parametrize("mlp", ["relu", "gelu", "relu2", "swiglu"])
@@ -433,13 +436,13 @@ def test_dropout_acts_in_training_alone_and_comes_from_torchs_generator() -> Non
     runs = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        runs.append(model.train()(x)[0])
+        runs.append(logits_of(model.train(), x))
     assert torch.equal(runs[0], runs[1])
     assert not torch.equal(runs[0], runs[2])
     torch.manual_seed(3)
     before = torch.get_rng_state()
     model.eval()
-    assert torch.equal(model(x)[0], model(x)[0])
+    assert torch.equal(logits_of(model, x), logits_of(model, x))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -484,7 +487,7 @@ def test_the_defaults_are_gpt2_as_written_from_its_equations() -> None:
     x, y = batch()
     parameters = dict(model.named_parameters())
     wanted = plain_gpt(parameters, x, n_layer=2, n_head=4)
-    logits, loss = model(x, y)
+    logits, loss = logits_of(model, x), model(x, y)
     torch.testing.assert_close(logits, wanted, atol=1e-11, rtol=1e-11)
     wanted_loss = -wanted.log_softmax(-1).gather(-1, y[..., None]).mean()
     ours = torch.autograd.grad(loss, list(parameters.values()))
@@ -498,7 +501,7 @@ def test_gradients_are_those_of_finite_differences(parts: dict[str, Any]) -> Non
     model = shaken(tiny(**parts))
     x, y = batch()
     parameters = list(model.parameters())
-    gradients = torch.autograd.grad(model(x, y)[1], parameters)
+    gradients = torch.autograd.grad(model(x, y), parameters)
     generator = torch.Generator().manual_seed(2)
     direction = [torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in parameters]
     step, losses = 1e-7, []  # short, so that no ReLU is likely to lie between the two points
@@ -506,7 +509,7 @@ def test_gradients_are_those_of_finite_differences(parts: dict[str, Any]) -> Non
         for sign in (1, -2):  # to +step, then to −step
             for parameter, along in zip(parameters, direction, strict=True):
                 parameter += sign * step * along
-            losses.append(model(x, y)[1].item())
+            losses.append(model(x, y).item())
     slope = sum((g * along).sum().item() for g, along in zip(gradients, direction, strict=True))
     assert (losses[0] - losses[1]) / (2 * step) == pytest.approx(slope, rel=1e-5, abs=1e-7)
 
@@ -515,11 +518,11 @@ def test_torch_compile_takes_a_transformer_as_one_graph() -> None:
     config = tiny(n_layer=1, position="rotary", norm="rmsnorm", mlp="swiglu", n_kv_head=2, logit_softcap=10.0)
     model = build_model(config, V, seed=0)
     x, y = batch()
-    expected = model(x, y)[1]
+    expected = model(x, y)
     expected.backward()
     wanted = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
-    loss = torch.compile(model, fullgraph=True)(x, y)[1]
+    loss = torch.compile(model, fullgraph=True)(x, y)
     loss.backward()
     torch.testing.assert_close(loss, expected)
     for name, parameter in model.named_parameters():
@@ -544,6 +547,8 @@ def test_the_logits_of_one_position_are_those_of_all(softcap: float | None) -> N
     for model in (*members, Ensemble(members)):
         h = model.hidden(idx)
         assert h.shape[:2] == idx.shape
-        torch.testing.assert_close(model.logits(h[:, -1]), model(idx)[0][:, -1])
-    probabilities = torch.stack([member(idx)[0].softmax(-1) for member in members]).mean(0)
-    torch.testing.assert_close(Ensemble(members)(idx)[0].softmax(-1).double(), probabilities, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(model.logits(h[:, -1]), logits_of(model, idx)[:, -1])
+    probabilities = torch.stack([logits_of(member, idx).softmax(-1) for member in members]).mean(0)
+    torch.testing.assert_close(
+        logits_of(Ensemble(members), idx).softmax(-1).double(), probabilities, rtol=1e-5, atol=1e-7
+    )

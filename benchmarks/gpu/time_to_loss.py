@@ -9,12 +9,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from benchmarks.gpu.program import Program
 from benchmarks.gpu.training import TORCH, candidates, setup
 from chargpt.data import RandomBatches, Splits, split_tokens
 from chargpt.evaluation import full_loss
+from chargpt.models import LanguageModel
 from chargpt.runtime import Runtime
 from chargpt.tokenizers import CharacterTokenizer
 from chargpt.training import training_step
@@ -100,13 +99,13 @@ def train(program: Program, splits: Splits, kernels: str, deadline: float) -> di
     }
 
 
-def _compile(program: Program, called: nn.Module, batches: RandomBatches, runtime: Runtime) -> float:
+def _compile(program: Program, called: LanguageModel, batches: RandomBatches, runtime: Runtime) -> float:
     """Both passes once, without a step of the optimizer: the weights stay as they were."""
     position = batches.state_dict()
     started = time.perf_counter()
     idx, targets = (x.to(program.device) for x in batches.next())
     with runtime.autocast():
-        _, loss = called(idx, targets)
+        loss = called(idx, targets)
     loss.backward()
     program.synchronize()
     for parameter in called.parameters():

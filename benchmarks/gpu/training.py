@@ -1,12 +1,14 @@
 """The model of the two training measurements, and its twin on torch's own functions."""
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.gpu.program import Program
 from chargpt.config import OptimizerConfig, ScheduleConfig, TrainConfig, TransformerConfig
-from chargpt.models import build_model
+from chargpt.models import LanguageModel, build_model
 from chargpt.models.transformer import CausalSelfAttention, Transformer
 from chargpt.runtime import Runtime
 from chargpt.training.optim import build_optimizers
@@ -31,11 +33,8 @@ class TorchAttention(CausalSelfAttention):
 class TorchTransformer(Transformer):
     """The same model on F.cross_entropy."""
 
-    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        logits, _ = super().forward(idx)  # (B, T, V)
-        if targets is None:
-            return logits, None
-        return logits, F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.view(-1))
+    def loss(self, h: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+        return F.cross_entropy(self.logits(h).flatten(0, -2), targets.flatten(), reduction=reduction)
 
 
 def build(model: TransformerConfig, vocabulary: int, kernels: str, device: torch.device) -> Transformer:
@@ -52,7 +51,7 @@ def build(model: TransformerConfig, vocabulary: int, kernels: str, device: torch
 
 def setup(
     program: Program, kernels: str, compiled: bool, vocabulary: int, max_steps: int
-) -> tuple[Transformer, nn.Module, list[torch.optim.Optimizer], TrainConfig, Runtime]:
+) -> tuple[Transformer, LanguageModel, list[torch.optim.Optimizer], TrainConfig, Runtime]:
     """Model, what to call in a step (the model, compiled or not), optimizers, config and runtime."""
     config = TrainConfig(
         model=TINY if program.dry else MODEL,
@@ -67,7 +66,7 @@ def setup(
     network = build(config.model, vocabulary, kernels, program.device)
     # A dry run only traces: inductor would spend its time on compiling C++.
     backend = "eager" if program.dry else "inductor"
-    called: nn.Module = torch.compile(network, backend=backend) if compiled else network  # type: ignore[assignment]
+    called = cast(LanguageModel, torch.compile(network, backend=backend)) if compiled else network
     runtime = Runtime(program.device, "bf16", compiled, kernels, ())
     return network, called, build_optimizers(network, config.optimizer), config, runtime
 

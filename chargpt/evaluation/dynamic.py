@@ -6,12 +6,12 @@ import numpy as np
 import torch
 
 from chargpt.data import Tokens
-from chargpt.models import Ensemble, Model
+from chargpt.models import Ensemble, LanguageModel
 
 DYNAMIC_LEARNING_RATE = 0.02  # the best of six for a GPT of 2.7 million parameters: EXPERIMENTS.md, section 7
 
 
-def dynamic_loss(model: Model | Ensemble, tokens: Tokens, device: torch.device | str = "cpu") -> float:
+def dynamic_loss(model: LanguageModel, tokens: Tokens, device: torch.device | str = "cpu") -> float:
     """Mean loss over tokens[1:] of `tokens` (N,) as in `full`, by a copy of the model that learns from each window.
 
     A window is scored first, and then the copy takes one step of gradient descent on it: no token is learned from
@@ -24,7 +24,7 @@ def dynamic_loss(model: Model | Ensemble, tokens: Tokens, device: torch.device |
     total = 0.0
     for start in range(0, len(tokens) - 1, model.block_size):
         window = torch.from_numpy(tokens[start : start + model.block_size + 1].astype(np.int64)).to(device)
-        _, loss = adapted(window[None, :-1], window[None, 1:])
+        loss = adapted(window[None, :-1], window[None, 1:])
         total += loss.item() * (len(window) - 1)
         optimizer.zero_grad()
         loss.backward()

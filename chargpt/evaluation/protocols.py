@@ -16,15 +16,14 @@ from chargpt.config import EvaluationConfig
 from chargpt.data import Tokens, random_batch
 from chargpt.errors import CorpusError
 from chargpt.evaluation.dynamic import dynamic_loss
-from chargpt.kernels import softmax_cross_entropy
-from chargpt.models import Ensemble, Model
+from chargpt.models import LanguageModel
 
 PROTOCOLS = ("full", "sliding", "nanogpt")  # of a model that stays as it is
 TOKENS_PER_PASS = 8_192  # in one forward pass of `full` and `sliding`: bounds the memory, changes nothing else
 
 
 def evaluate(
-    model: Model | Ensemble,
+    model: LanguageModel,
     tokens: Tokens,
     config: EvaluationConfig,
     batch_size: int,
@@ -44,13 +43,13 @@ def evaluate(
     return {protocol: losses[protocol]() for protocol in protocols}
 
 
-def full_loss(model: Model | Ensemble, tokens: Tokens, device: torch.device | str = "cpu") -> float:
+def full_loss(model: LanguageModel, tokens: Tokens, device: torch.device | str = "cpu") -> float:
     """Mean loss over tokens[1:] of `tokens` (N,), each scored once, in non-overlapping windows of block_size."""
     return sliding_loss(model, tokens, stride=model.block_size, device=device)
 
 
 @torch.no_grad()
-def sliding_loss(model: Model | Ensemble, tokens: Tokens, stride: int, device: torch.device | str = "cpu") -> float:
+def sliding_loss(model: LanguageModel, tokens: Tokens, stride: int, device: torch.device | str = "cpu") -> float:
     """Mean loss over tokens[1:] of `tokens` (N,), each scored once: windows of block_size move by `stride`.
 
     Each window scores only the tokens that no earlier one did, so a token sees at least block_size − stride of
@@ -60,8 +59,7 @@ def sliding_loss(model: Model | Ensemble, tokens: Tokens, stride: int, device: t
     with evaluating(model):
         for idx, targets in _sliding_batches(tokens, model.block_size, min(stride, model.block_size)):
             targets = targets.to(device)
-            logits, _ = model(idx.to(device))  # (B, T, V)
-            losses = softmax_cross_entropy(logits, targets, reduction="none", impl=model.kernels)  # (B, T)
+            losses = model(idx.to(device), targets, reduction="none")  # (B, T)
             total += losses.double().sum().item()
             scored += int((targets >= 0).sum())
     return total / scored
@@ -69,7 +67,7 @@ def sliding_loss(model: Model | Ensemble, tokens: Tokens, stride: int, device: t
 
 @torch.no_grad()
 def nanogpt_loss(
-    model: Model | Ensemble,
+    model: LanguageModel,
     tokens: Tokens,
     config: EvaluationConfig,
     batch_size: int,
@@ -86,14 +84,12 @@ def nanogpt_loss(
     with evaluating(model):
         for _ in range(config.nanogpt_batches):
             idx, targets = random_batch(tokens, batch_size, model.block_size, generator)
-            _, loss = model(idx.to(device), targets.to(device))
-            assert loss is not None
-            total += loss.item()
+            total += model(idx.to(device), targets.to(device)).item()
     return total / config.nanogpt_batches
 
 
 @contextlib.contextmanager
-def evaluating(model: Model | Ensemble) -> Iterator[None]:
+def evaluating(model: LanguageModel) -> Iterator[None]:
     """Evaluation mode inside the block (no dropout), the former mode after it."""
     was_training = model.training
     model.eval()

@@ -7,6 +7,7 @@ import math
 from typing import Literal, overload
 
 import torch
+import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from chargpt.kernels import registry
@@ -17,6 +18,7 @@ __all__ = [
     "available_implementations",
     "causal_attention",
     "describe_implementations",
+    "linear_cross_entropy",
     "qkv_heads",
     "relu_squared",
     "resolve",
@@ -153,6 +155,29 @@ def softmax_cross_entropy(
         if targets.device.type == "cpu":
             _check_targets(targets, logits.shape[-1], ignore_index)
         raise
+
+
+def linear_cross_entropy(
+    h: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    softcap: float | None = None,
+    reduction: str = "mean",
+    impl: str = "auto",
+) -> Tensor:
+    """The loss of a model's head: `softmax_cross_entropy` of the logits `h @ weight.T + bias`.
+
+    h: (..., C), floating: hidden states
+    weight: (V, C), floating; bias: (V,) or None
+    targets, softcap, reduction, impl: as in `softmax_cross_entropy`
+    returns: float32, or float64 for float64 logits
+
+    Whoever needs the loss alone calls this, so that one day no implementation need ever make the (..., V) logits.
+    Raises as `softmax_cross_entropy` does.
+    """
+    return softmax_cross_entropy(F.linear(h, weight, bias), targets, softcap=softcap, reduction=reduction, impl=impl)
 
 
 def add_rms_norm(x: Tensor, y: Tensor | None = None, *, impl: str = "auto") -> tuple[Tensor, Tensor]:

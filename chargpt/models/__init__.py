@@ -1,11 +1,16 @@
-"""Language models: tokens to hidden states, hidden states to logits."""
+"""Language models: tokens to hidden states, hidden states to logits or a loss.
 
-from typing import Protocol
+base.py          what every model is
+bigram.py        a table
+transformer.py   from the lecture's first head to modern blocks
+ensemble.py      several as one
+"""
 
 import torch
 from torch import nn
 
 from chargpt.config import BigramConfig, ModelConfig
+from chargpt.models.base import LanguageModel
 from chargpt.models.bigram import BigramLanguageModel
 from chargpt.models.ensemble import Ensemble
 from chargpt.models.transformer import Transformer
@@ -13,20 +18,6 @@ from chargpt.models.transformer import Transformer
 __all__ = ["BigramLanguageModel", "Ensemble", "LanguageModel", "Transformer", "build_model", "parameter_count"]
 
 Model = BigramLanguageModel | Transformer
-
-
-class LanguageModel(Protocol):
-    """What generation asks of a model: who needs the next token alone takes the logits of the last row alone."""
-
-    block_size: int
-
-    def hidden(self, idx: torch.Tensor) -> torch.Tensor:
-        """Hidden states (B, T, C) of `idx` (B, T), with T ≤ block_size."""
-        ...
-
-    def logits(self, h: torch.Tensor) -> torch.Tensor:
-        """Logits (…, V) for the token after each of the hidden states (…, C)."""
-        ...
 
 
 def build_model(config: ModelConfig, vocab_size: int, seed: int, kernels: str = "auto") -> Model:

@@ -5,9 +5,10 @@ from torch import nn
 
 from chargpt.config import BigramConfig
 from chargpt.kernels import softmax_cross_entropy
+from chargpt.models.base import LanguageModel
 
 
-class BigramLanguageModel(nn.Module):
+class BigramLanguageModel(LanguageModel):
     """A table of logits (V, V), initialised N(0, 1) as in the lecture."""
 
     def __init__(self, config: BigramConfig, vocab_size: int, kernels: str = "auto") -> None:
@@ -24,11 +25,6 @@ class BigramLanguageModel(nn.Module):
         """`h` (…, V) itself."""
         return h
 
-    def forward(
-        self, idx: torch.Tensor, targets: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Logits (B, T, V) for the token after each of `idx` (B, T), and the mean loss in nats if `targets` (B, T)."""
-        logits = self.logits(self.hidden(idx))  # (B, T, V)
-        if targets is None:
-            return logits, None
-        return logits, softmax_cross_entropy(logits, targets, impl=self.kernels)
+    def loss(self, h: torch.Tensor, targets: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
+        """Cross-entropy in nats of `targets` (…) under the rows `h` (…, V); () for "mean" or "sum", else (…)."""
+        return softmax_cross_entropy(h, targets, reduction=reduction, impl=self.kernels)

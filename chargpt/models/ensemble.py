@@ -9,12 +9,13 @@ import torch
 from torch import nn
 
 from chargpt.kernels import softmax_cross_entropy
+from chargpt.models.base import LanguageModel
 
 if TYPE_CHECKING:
     from chargpt.models import Model
 
 
-class Ensemble(nn.Module):
+class Ensemble(LanguageModel):
     """Predicts with its members' mean probability (Lakshminarayanan et al. 2017, arXiv 1612.01474, section 2.4).
 
     Its loss is never above the mean of theirs, since −log is convex. The members must share a vocabulary; the window is
@@ -24,7 +25,8 @@ class Ensemble(nn.Module):
     def __init__(self, members: Sequence["Model"], kernels: str = "auto") -> None:
         super().__init__()
         self.members, self.kernels = nn.ModuleList(members), kernels
-        self.block_size: int = min(member.block_size for member in members)
+        self.block_size = min(member.block_size for member in members)
+        self.vocab_size = members[0].vocab_size
 
     def hidden(self, idx: torch.Tensor) -> torch.Tensor:
         """The members' hidden states of `idx` (B, T) side by side: (B, T, C₁ + C₂ + …)."""
@@ -37,14 +39,9 @@ class Ensemble(nn.Module):
         logs = [model.logits(part).float().log_softmax(-1) for model, part in zip(models, own, strict=True)]
         return torch.stack(logs).logsumexp(0) - math.log(len(self.members))
 
-    def forward(
-        self, idx: torch.Tensor, targets: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Logits (B, T, V), float32, for the token after each of `idx` (B, T); the mean loss in nats if `targets`."""
-        logits = self.logits(self.hidden(idx))
-        if targets is None:
-            return logits, None
-        return logits, softmax_cross_entropy(logits, targets, impl=self.kernels)
+    def loss(self, h: torch.Tensor, targets: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
+        """Cross-entropy in nats of `targets` (…) after hidden states (…, C₁ + C₂ + …); () for "mean" or "sum"."""
+        return softmax_cross_entropy(self.logits(h), targets, reduction=reduction, impl=self.kernels)
 
     def _models(self) -> "list[Model]":
         return typing.cast("list[Model]", list(self.members))

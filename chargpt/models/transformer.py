@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from chargpt.config import TransformerConfig
-from chargpt.kernels import add_rms_norm, causal_attention, qkv_heads, relu_squared, softmax_cross_entropy
+from chargpt.kernels import add_rms_norm, causal_attention, linear_cross_entropy, qkv_heads, relu_squared
+from chargpt.models.base import LanguageModel
 
 BIGRAM_ROWS = 2**16  # the most that a table of token pairs takes
 
@@ -146,7 +147,7 @@ class Block(nn.Module):
         return x, branch
 
 
-class Transformer(nn.Module):
+class Transformer(LanguageModel):
     """Token (and position) embeddings, blocks, a last norm, and a head that may share the embedding's table.
 
     Raises ValueError when more than `block_size` tokens are fed.
@@ -187,25 +188,18 @@ class Transformer(nn.Module):
 
     def logits(self, h: torch.Tensor) -> torch.Tensor:
         """Logits (…, V) for the token after each of the hidden states (…, C)."""
-        return self._capped(self._project(h))
-
-    def forward(
-        self, idx: torch.Tensor, targets: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Logits (B, T, V) for the token after each of `idx` (B, T), and the mean loss in nats if `targets` (B, T)."""
-        logits = self._project(self.hidden(idx))  # (B, T, V)
-        capped = self._capped(logits)
-        if targets is None:
-            return capped, None
-        return capped, softmax_cross_entropy(logits, targets, softcap=self.config.logit_softcap, impl=self.kernels)
-
-    def _project(self, h: torch.Tensor) -> torch.Tensor:  # (…, C)
-        head = self.token_embedding.weight if self.head is None else self.head.weight  # (V, C)
-        return F.linear(h, head, None if self.head is None else self.head.bias)  # (…, V)
-
-    def _capped(self, logits: torch.Tensor) -> torch.Tensor:
+        logits = F.linear(h, *self._head())
         cap = self.config.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def loss(self, h: torch.Tensor, targets: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
+        """Cross-entropy in nats of `targets` (…) after the hidden states (…, C); () for "mean" or "sum", else (…)."""
+        weight, bias = self._head()
+        cap = self.config.logit_softcap
+        return linear_cross_entropy(h, weight, targets, bias, softcap=cap, reduction=reduction, impl=self.kernels)
+
+    def _head(self) -> tuple[torch.Tensor, torch.Tensor | None]:  # (V, C), (V,)
+        return (self.token_embedding.weight, None) if self.head is None else (self.head.weight, self.head.bias)
 
     def _bigrams(self, idx: torch.Tensor) -> torch.Tensor:
         """The row (B, T) of each token and the one before it in the table of pairs; the first token stands for both.

@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from chargpt import checkpoint
 from chargpt.data import Splits
 from chargpt.errors import CheckpointError
-from chargpt.models import Ensemble, Model
+from chargpt.models import LanguageModel
 
 
 def load_teachers(
     paths: Sequence[Path], splits: Splits, block_size: int, device: torch.device, kernels: str = "auto"
-) -> Model | Ensemble:
+) -> LanguageModel:
     """The models at `paths` as one, in evaluation mode, for a student with `block_size` and the data of `splits`.
 
     Raises CheckpointError when one is missing or damaged, was trained on other data, or reads less than `block_size`.

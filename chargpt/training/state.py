@@ -21,7 +21,7 @@ from chargpt.config import (
     require_seed,
 )
 from chargpt.data import BatchSource, EpochBatches, RandomBatches, Splits
-from chargpt.models import Ensemble, Model, build_model
+from chargpt.models import LanguageModel, Model, build_model
 from chargpt.runtime import Runtime
 from chargpt.tracking import Point
 from chargpt.training.distillation import load_teachers
@@ -69,7 +69,7 @@ class State:
     optimizers: list[torch.optim.Optimizer]
     average: AveragedModel | None  # the exponential moving average of the weights
     batches: BatchSource
-    teacher: Model | Ensemble | None = None
+    teacher: LanguageModel | None = None
     step: int = 0  # optimizer steps done
     seconds: float = 0.0  # spent in them
     history: list[Point] = field(default_factory=list)

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import typing
 from collections.abc import Sequence
 
 import torch
@@ -11,6 +12,7 @@ from chargpt.config import (
     TrainConfig,
 )
 from chargpt.data import BatchSource
+from chargpt.models import LanguageModel
 from chargpt.runtime import Runtime
 from chargpt.tracking import Point
 from chargpt.training.distillation import distillation_loss
@@ -21,12 +23,12 @@ from chargpt.training.state import State
 
 
 def training_step(
-    model: nn.Module,
+    model: LanguageModel,
     optimizers: Sequence[torch.optim.Optimizer],
     batches: BatchSource,
     config: TrainConfig,
     runtime: Runtime,
-    teacher: nn.Module | None = None,
+    teacher: LanguageModel | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One optimizer step over `gradient_accumulation_steps` batches: mean loss and gradient norm, both ().
 
@@ -47,24 +49,26 @@ def training_step(
 
 
 def backward(
-    model: nn.Module,
+    model: LanguageModel,
     idx: torch.Tensor,
     targets: torch.Tensor,
     config: TrainConfig,
     runtime: Runtime,
-    teacher: nn.Module | None = None,
+    teacher: LanguageModel | None = None,
 ) -> torch.Tensor:
     """Loss () of one batch on the text, with the batch's share of the gradient added to the parameters."""
     idx, targets = (tensor.to(runtime.device, non_blocking=True) for tensor in (idx, targets))
     with runtime.autocast():
-        logits, loss = model(idx, targets)
-        objective = loss
-        if teacher is not None:
+        if teacher is None:
+            objective = loss = model(idx, targets)
+        else:
+            h = model.hidden(idx)  # (B, T, C)
             with torch.no_grad():
-                teacher_logits, _ = teacher(idx)
-            objective = distillation_loss(logits, teacher_logits)
+                loss = model.loss(h, targets)
+                teacher_logits = teacher.logits(teacher.hidden(idx))  # (B, T, V)
+            objective = distillation_loss(model.logits(h), teacher_logits)
     (objective / config.gradient_accumulation_steps).backward()
-    return loss.detach()  # type: ignore[no-any-return]
+    return typing.cast(torch.Tensor, loss.detach())
 
 
 def spent(state: State, config: TrainConfig) -> bool:

@@ -2,7 +2,6 @@
 
 import copy
 import math
-from typing import Any
 
 import numpy as np
 import pytest
@@ -48,36 +47,27 @@ def model_of(config: BigramConfig | TransformerConfig) -> Model:
 
 
 class SpyModel(nn.Module):
-    """Reads tokens that are their own positions; remembers the windows that it was shown."""
+    """Reads tokens that are their own positions; remembers what it was asked to score."""
 
     def __init__(self, block_size: int, vocab_size: int) -> None:
         super().__init__()
-        self.block_size, self.vocab_size, self.kernels = block_size, vocab_size, "auto"
-        self.shown: list[list[int]] = []
+        self.block_size, self.vocab_size = block_size, vocab_size
+        self.seen: list[tuple[int, int]] = []
 
-    def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None) -> tuple[torch.Tensor, None]:
-        self.shown += idx.tolist()
-        return torch.zeros(*idx.shape, self.vocab_size), None
-
-
-def scored(monkeypatch: pytest.MonkeyPatch, block_size: int, n: int, stride: int) -> list[tuple[int, int]]:
-    """(token, length of its context) for every token that is scored, in the order of scoring."""
-    model, seen = SpyModel(block_size, n), []
-    shown = 0
-
-    def spy(logits: torch.Tensor, targets: torch.Tensor, **options: Any) -> torch.Tensor:
-        nonlocal shown
-        for window, row in zip(model.shown[shown:], targets.tolist(), strict=True):
+    def forward(self, idx: torch.Tensor, targets: torch.Tensor, reduction: str) -> torch.Tensor:
+        for window, row in zip(idx.tolist(), targets.tolist(), strict=True):
             for place, target in enumerate(row):
                 if target != -100:
                     assert target == window[place] + 1  # tokens are positions: the target is the next one
-                    seen.append((target, place + 1))
-        shown = len(model.shown)
+                    self.seen.append((target, place + 1))
         return torch.zeros(targets.shape)
 
-    monkeypatch.setattr(protocols, "softmax_cross_entropy", spy)
+
+def scored(block_size: int, n: int, stride: int) -> list[tuple[int, int]]:
+    """(token, length of its context) for every token that is scored, in the order of scoring."""
+    model = SpyModel(block_size, n)
     sliding_loss(model, np.arange(n, dtype=np.uint16), stride)  # type: ignore[arg-type]
-    return seen
+    return model.seen
 
 
 def naive_loss(model: Model, tokens: Tokens, stride: int) -> float:
@@ -90,7 +80,7 @@ def naive_loss(model: Model, tokens: Tokens, stride: int) -> float:
         start = min(math.ceil(max(0, token - length) / stride) * stride, n - length)
         context = torch.from_numpy(tokens[start:token].astype(np.int64))[None]
         with torch.no_grad():
-            log_p = model(context)[0][0, -1].log_softmax(-1)
+            log_p = model.logits(model.hidden(context)[0, -1]).log_softmax(-1)
         losses.append(-log_p[int(tokens[token])].item())
     return math.fsum(losses) / n
 
@@ -106,19 +96,17 @@ def test_every_token_is_scored_exactly_once_with_enough_context(
 ) -> None:
     monkeypatch.setattr(protocols, "TOKENS_PER_PASS", per_pass)
     for n in range(2, 4 * block_size + 3):
-        with monkeypatch.context() as patch:
-            seen = scored(patch, block_size, n, stride)
+        seen = scored(block_size, n, stride)
         assert [token for token, _ in seen] == list(range(1, n))  # the first has nothing before it
         for token, context in seen:
             assert context <= block_size
             assert context >= min(token, block_size - min(stride, block_size) + 1)  # the token before it included
 
 
-def test_full_shows_each_token_once_apart_from_the_last_window(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = scored(monkeypatch, 4, 13, stride=4)  # 12 targets: three windows
+def test_full_shows_each_token_once_apart_from_the_last_window() -> None:
+    seen = scored(4, 13, stride=4)  # 12 targets: three windows
     assert [context for _, context in seen] == [1, 2, 3, 4] * 3
-    with monkeypatch.context() as patch:
-        seen = scored(patch, 4, 15, stride=4)  # 14 targets: the fourth window moves back and scores its last two
+    seen = scored(4, 15, stride=4)  # 14 targets: the fourth window moves back and scores its last two
     assert [context for _, context in seen] == [1, 2, 3, 4] * 3 + [3, 4]
 
 
@@ -171,7 +159,7 @@ def test_nanogpts_protocol_is_the_mean_over_its_own_random_windows() -> None:
         starts = torch.randint(40 - 6, (4,), generator=generator).tolist()
         x = torch.tensor([tokens[i : i + 6].tolist() for i in starts])
         y = torch.tensor([tokens[i + 1 : i + 7].tolist() for i in starts])
-        losses.append(model(x, y)[1].item())
+        losses.append(model(x, y).item())
     assert nanogpt_loss(model, tokens, config, batch_size=4) == pytest.approx(sum(losses) / 5, rel=1e-6)
     assert nanogpt_loss(model, tokens, EvaluationConfig(nanogpt_batches=5, seed=4), 4) != sum(losses) / 5
 
@@ -222,7 +210,7 @@ def test_a_softcap_counts_once() -> None:
     model = model_of(TransformerConfig(block_size=6, n_layer=1, n_head=2, n_embd=8, logit_softcap=1.5)).eval()
     tokens = text(7)
     x, y = (torch.from_numpy(part.astype(np.int64))[None] for part in (tokens[:-1], tokens[1:]))
-    assert full_loss(model, tokens) == pytest.approx(model(x, y)[1].item(), rel=1e-6)
+    assert full_loss(model, tokens) == pytest.approx(model(x, y).item(), rel=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------- the bigram's floor
@@ -297,7 +285,7 @@ def test_dynamic_evaluation_scores_each_window_before_it_learns_from_it(n: int) 
     adapted, total = copy.deepcopy(model), 0.0
     for start in range(0, n - 1, 6):
         window = torch.from_numpy(tokens[start : start + 7])[None]
-        logits = adapted(window[:, :-1])[0]
+        logits = adapted.logits(adapted.hidden(window[:, :-1]))
         losses = logits.logsumexp(-1) - logits.gather(-1, window[:, 1:, None])[..., 0]
         total += losses.sum().item()
         gradients = torch.autograd.grad(losses.mean(), list(adapted.parameters()))
@@ -331,11 +319,10 @@ def test_an_ensemble_predicts_with_the_mean_of_the_probabilities() -> None:
     idx, targets = (torch.randint(V, (3, 6), generator=torch.Generator().manual_seed(s)) for s in (0, 1))
     ensemble = Ensemble(models).eval()
     assert ensemble.block_size == 6
-    probabilities = sum(model(idx)[0].double().softmax(-1) for model in models) / 2
-    logits, loss = ensemble(idx, targets)
+    probabilities = sum(model.logits(model.hidden(idx)).double().softmax(-1) for model in models) / 2
+    logits, loss = ensemble.logits(ensemble.hidden(idx)), ensemble(idx, targets)
     torch.testing.assert_close(logits.double().softmax(-1), probabilities, rtol=1e-5, atol=1e-7)
     expected = -probabilities.gather(-1, targets[..., None]).log().mean()
-    assert loss is not None
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
 
 
@@ -352,6 +339,6 @@ def test_an_ensemble_is_sure_where_its_members_are() -> None:
     with torch.no_grad():
         next(model.parameters()).copy_(2e4 * torch.eye(V) - 1e4)
     idx = torch.arange(4)[None]
-    logits, loss = Ensemble([model, model])(idx, idx)
-    assert torch.equal(logits.argmax(-1), idx)
-    assert loss == 0
+    twins = Ensemble([model, model])
+    assert torch.equal(twins.logits(twins.hidden(idx)).argmax(-1), idx)
+    assert twins(idx, idx) == 0

@@ -548,7 +548,7 @@ def compiled_step_problems(impl: str, dtype: torch.dtype, device: str) -> list[s
     names = ["loss", *(name for name, _ in model.named_parameters())]
     results = []
     for called in (torch.compile(model), model):
-        loss = called(idx, idx.roll(-1, 1))[1]
+        loss = called(idx, idx.roll(-1, 1))
         results.append((loss, *torch.autograd.grad(loss, list(model.parameters()))))
     return [
         problem
