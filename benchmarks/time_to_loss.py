@@ -2,9 +2,9 @@
 
 Run as `python -m benchmarks.time_to_loss [--seeds 1 2 3] [--presets cpu-best]` after `make repro`, on a quiet machine.
 nanoGPT's configuration runs on the torch implementation in float32, uncompiled, as nanoGPT itself does on a CPU; then
-`modern` has as many seconds as that took, and other presets have their own. The runs take turns, seed by seed, so that
-a drift of the machine's speed falls on all of them. Seconds are those of the training steps; the loss is `full` of
-`chargpt.evaluation`.
+`modern` has as many steps as fit into that time by its speed measured here, and other presets have their own. The runs
+take turns, seed by seed, so that a drift of the machine's speed falls on all of them. Seconds are those of the training
+steps; the loss is `full` of `chargpt.evaluation`.
 """
 
 import argparse
@@ -16,11 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import RESULTS, machine
+from chargpt import experiment
 from chargpt.config import EvaluationConfig, TrackingConfig, TrainConfig
 from chargpt.config.presets import PRESETS
 from chargpt.data import Splits, load_splits
-from chargpt.report import read_curve
-from chargpt.training import Run, train
+from chargpt.planner import steps_in
+from chargpt.report import read_curve, timed
+from chargpt.tracking import CURVE, TIMING, read_timing
+from chargpt.training import Run, measure_speed
 
 YARDSTICK = "nanogpt-cpu"
 SPLITS = Path("data/splits")
@@ -38,8 +41,7 @@ def main() -> None:
     runs = []
     for seed in options.seeds:
         runs.append(measure(YARDSTICK, yardstick, seed, splits))
-        same_time = replace(PRESETS["modern"], max_seconds=runs[-1]["seconds"])
-        runs.append(measure("modern, same time", same_time, seed, splits))
+        runs.append(measure("modern, same time", same_time(runs[-1]["seconds"], seed, splits), seed, splits))
         runs += [measure(name, PRESETS[name], seed, splits) for name in options.presets]
     content = {"machine": machine(), "runs": runs}
     (RESULTS / "time_to_loss.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -66,11 +68,18 @@ def measure(name: str, config: TrainConfig, seed: int, splits: Splits) -> dict[s
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "run"
         run = Run(name, seed, config, splits, "tiny_shakespeare", folder)
-        metrics = train(run, EvaluationConfig(), TrackingConfig(enabled=False))
-        points = [point for point in read_curve(folder / "curve.csv") if "val_loss" in point]
-    # The first evaluation comes before the first step, so it has no seconds.
-    curve = [(point.get("seconds", 0.0), point["val_loss"]) for point in points]
-    return {"name": name, "curve": curve} | metrics
+        metrics = experiment.train(run, EvaluationConfig(), TrackingConfig(enabled=False))
+        seconds = {step: moment.seconds for step, moment in read_timing(folder / TIMING).items()}
+        points = read_curve(folder / CURVE, seconds)
+    curve = [(point.seconds, point.val_loss) for point in points if point.val_loss is not None]
+    return {"name": name, "curve": curve} | timed(metrics, seconds)
+
+
+def same_time(seconds: float, seed: int, splits: Splits) -> TrainConfig:
+    """`modern` with as many steps as take so many seconds here."""
+    config = PRESETS["modern"]
+    run = Run("modern", seed, config, splits, "tiny_shakespeare", Path("unused"))
+    return replace(config, max_steps=steps_in(seconds / 60, config, measure_speed(run, seconds=10)))
 
 
 def draw(runs: list[dict[str, Any]], picture: Path) -> None:

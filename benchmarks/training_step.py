@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.harness import Measurement, compare, report
 from chargpt.config import OptimizerConfig, TrainConfig, TransformerConfig, override
-from chargpt.data import RandomBatches
+from chargpt.data import build_batches
 from chargpt.models import LanguageModel, build_model, parameter_count
 from chargpt.runtime import Runtime
 from chargpt.training import training_step
@@ -66,7 +66,7 @@ def step(
     config = override(config, [f"precision={precision}", f"kernels={kernels}"])
     network = build_model(model, VOCABULARY, seed=1, kernels=kernels)
     tokens = np.random.default_rng(2).integers(VOCABULARY, size=1_000_000, dtype=np.uint8)
-    batches = RandomBatches(tokens, batch_size, model.block_size, seed=3)
+    batches = build_batches("random", tokens, batch_size, model.block_size, seed=3)
     runtime = Runtime(torch.device("cpu"), precision, compiled, kernels, ())
     optimizers = build_optimizers(network, config.optimizer)
     trained = cast(LanguageModel, torch.compile(network)) if compiled else network

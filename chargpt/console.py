@@ -1,91 +1,86 @@
-"""What a training run shows on the terminal, and the signals it takes from there."""
+"""What a training run shows on the terminal."""
 
-import contextlib
 import math
-import signal
 import sys
-import threading
-from collections.abc import Iterator
-from types import FrameType
 from typing import Any
 
 from tqdm import tqdm
 
-from chargpt.config import TrainConfig
+from chargpt.evaluation import bits_per_byte
+from chargpt.tracking import Timing
+from chargpt.training import Ended, Evaluated, Event, Started, Stepped
+
+TOO_LONG = 1.5  # times the minutes that were asked for
 
 
-class Progress:
-    """A bar with loss, speed and time left on a terminal; elsewhere one line for each evaluation."""
+class Console:
+    """Listens to a trainer: a bar with loss, speed and time left on a terminal; a line for each evaluation anywhere."""
 
-    def __init__(self, config: TrainConfig, step: int, seconds: float) -> None:
-        self.config = config
-        self.loss, self.speed = math.nan, math.nan
-        total, unit = (config.max_steps, "step") if config.max_steps else (config.max_seconds, "s")
-        self.bar = tqdm(
-            total=total, initial=self._position(step, seconds), unit=unit, disable=None, dynamic_ncols=True, leave=False
-        )
-        if config.max_seconds:
-            self.bar.bar_format = "{percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s{postfix}"
+    def __init__(self, timing: Timing, bytes_per_token: float, patience: int | None, minutes: float | None) -> None:
+        """timing: listens to the same trainer, before this does
+        bytes_per_token: of the validation text, which turns nats per token into bits per byte
+        minutes: of training that the user asked for; one line says when it will be far more
+        """
+        self.timing, self.bytes_per_token, self.patience, self.minutes = timing, bytes_per_token, patience, minutes
+        self.loss = math.nan
+        self.bar: Any = None  # tqdm's
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> "Console":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.bar.close()
+        if self.bar is not None:
+            self.bar.close()
 
-    def update(self, step: int, seconds: float, loss: float, speed: float) -> None:
-        self.loss, self.speed = loss, speed
-        self.bar.set_postfix_str(f"step {step}, loss {loss:.4f}, {speed:,.0f} tokens/s", refresh=False)
-        self.bar.update(self._position(step, seconds) - self.bar.n)
+    def __call__(self, event: Event) -> None:
+        match event:
+            case Started():
+                self.max_steps = event.max_steps
+                self.bar = tqdm(
+                    total=event.max_steps,
+                    initial=event.step,
+                    unit="step",
+                    disable=None,
+                    dynamic_ncols=True,
+                    leave=False,
+                )
+            case Stepped():
+                self.loss = event.loss
+                speed = f"{self.timing.tokens_per_second:,.0f} tokens/s"
+                self.bar.set_postfix_str(f"loss {event.loss:.4f}, {speed}", refresh=False)
+                self.bar.update(event.step - self.bar.n)
+            case Evaluated():
+                self._evaluated(event)
+            case Ended(reason="patience"):
+                say(
+                    f"stopping at step {event.step}: no lower validation loss in {self.patience} evaluations; "
+                    f"the model of step {event.best[0]} is the result"
+                )
 
-    def report(self, step: int, seconds: float, val_loss: float) -> None:
-        line = f"step {step:>6}  val {val_loss:.4f}"
+    def _evaluated(self, event: Evaluated) -> None:
+        line = f"step {event.step:>6}  val {loss_text(event.loss, self.bytes_per_token)}"
+        whole = self.timing.seconds / event.step * self.max_steps if event.step else 0.0  # seconds
         if math.isfinite(self.loss):
-            total = self.config.max_steps or self.config.max_seconds or 1
-            left = seconds * (total / self._position(step, seconds) - 1)
-            line += f"  train {self.loss:.4f}  {self.speed:,.0f} tokens/s  {duration(left)} left"
+            left = duration(whole - self.timing.seconds)
+            line += f"  train {self.loss:.4f}  {self.timing.tokens_per_second:,.0f} tokens/s  {left} left"
         say(line)
+        if self.minutes is not None and whole > TOO_LONG * 60 * self.minutes:
+            say(
+                f"the {self.max_steps:,} steps of this run will take about {duration(whole)} of training, not the "
+                f"{self.minutes:g} min that were asked for: this machine is slower than when they were counted"
+            )
+            self.minutes = None  # once is enough
+        if event.overfits:
+            step, loss = event.best
+            say(
+                f"overfitting: since step {step} the validation loss rises from {loss:.4f} while the training loss "
+                f"falls; what helps: more text, a higher model.dropout, a shorter run, or a smaller model"
+            )
 
-    def _position(self, step: int, seconds: float) -> float:
-        return step if self.config.max_steps else seconds
 
-
-class Interrupts:
-    """SIGINT and SIGTERM while a run is alive: noted between steps, so that they can be saved; else KeyboardInterrupt.
-
-    A second signal while the first one waits stops at once. Outside the main thread Python gives no signals.
-    """
-
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-    def __init__(self) -> None:
-        self.requested: str | None = None
-        self._waiting = False
-        self._former: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> "Interrupts":
-        if threading.current_thread() is threading.main_thread():
-            self._former = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._former.items():
-            signal.signal(number, handler)
-
-    @contextlib.contextmanager
-    def deferred(self) -> Iterator[None]:
-        self._waiting = True
-        try:
-            yield
-        finally:
-            self._waiting = False
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-        if not self._waiting or self.requested:
-            raise KeyboardInterrupt(name)
-        self.requested = name
-        say(f"{self.requested}: finishing this step and saving (again to stop at once)")
+def loss_text(loss: float, bytes_per_token: float) -> str:
+    """A loss in nats per token, with the bits per byte that it is for this text beside it."""
+    return f"{loss:.4f} ({bits_per_byte(loss, bytes_per_token):.3f} bits/byte)"
 
 
 def say(line: str) -> None:
@@ -94,7 +89,7 @@ def say(line: str) -> None:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them: 45 s, 3 min 05 s, 2 h 10 min; a budget that is overdrawn has 0 s left."""
+    """Seconds as people say them: 45 s, 3 min 05 s, 2 h 10 min."""
     minutes, rest = divmod(round(max(seconds, 0)), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:

@@ -5,11 +5,14 @@ The one idea to know: the bytes go to a hidden neighbour, which takes the name o
 
 import contextlib
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+TOKEN_BYTES = 4  # of the random end of a hidden name
 
 
 @contextlib.contextmanager
@@ -54,6 +57,18 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(former, ignore_errors=True)
 
 
+def sweep(path: Path) -> None:
+    """Delete what killed processes left half-written on the way to `path`, in a folder that no other process uses."""
+    if path.parent.is_dir():
+        for leftover in path.parent.iterdir():
+            name, _, token = leftover.name.rpartition(".")
+            if name == f".{path.name}" and re.fullmatch(f"[0-9a-f]{{{2 * TOKEN_BYTES}}}", token):
+                if leftover.is_dir() and not leftover.is_symlink():
+                    shutil.rmtree(leftover, ignore_errors=True)
+                else:
+                    leftover.unlink(missing_ok=True)
+
+
 def _neighbour(path: Path) -> Path:
     """A hidden name in the same folder, hence on the same disk, that nothing has yet."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    return path.with_name(f".{path.name}.{secrets.token_hex(TOKEN_BYTES)}")

@@ -7,15 +7,12 @@ import hashlib
 import json
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from chargpt.errors import TrainingError, user_errors
 from pipelines.download import CORPUS
 from pipelines.sample import SAMPLES
-from pipelines.train import REPORTS
-
-if TYPE_CHECKING:
-    from chargpt.report import Variant
+from pipelines.train import REPORTS, TIMINGS
 
 TABLE = Path("reports/comparison.md")
 METRICS = Path("reports/comparison.json")
@@ -34,14 +31,18 @@ def main() -> None:
     params = load_params()
     seeds = params.ablation.seeds
     folders = {name: [REPORTS / f"{name}-s{seed}" for seed in seeds] for name in params.ablation.variants}
+    times = json.loads(TIMINGS.read_text(encoding="utf-8")) if TIMINGS.exists() else {}
     variants = []
     for name in folders:
         settings, sample = _sample(name)
+        seconds = [{int(step): at for step, at in times.get(run.name, {}).items()} for run in folders[name]]
         variants.append(
             Variant(
                 name=name,
-                rows=[_metrics(folder) for folder in folders[name]],
-                curves=[report.read_curve(folder / "curve.csv") for folder in folders[name]],
+                rows=[report.timed(_metrics(run), at) for run, at in zip(folders[name], seconds, strict=True)],
+                curves=[
+                    report.read_curve(run / "curve.csv", at) for run, at in zip(folders[name], seconds, strict=True)
+                ],
                 sample=sample,
                 sample_settings=settings,
                 command=" ".join(["dvc repro", *(f"train@{name}-{seed}" for seed in seeds)]),
@@ -69,29 +70,17 @@ def main() -> None:
         PAGE: render(variants, provenance, published, references),
         TABLE: report.comparison_table(rows, published) + "\n",
         METRICS: json.dumps(report.comparison_metrics(rows), indent=1) + "\n",
-        CURVES: _evaluations(variants),
+        CURVES: report.evaluations_csv(
+            [(v.name, row["seed"], curve) for v in variants for row, curve in zip(v.rows, v.curves, strict=True)]
+        ),
     }
     for path, content in contents.items():
         with replaced_file(path) as file:
             file.write(content.encode())
-    report.plot_curves({name: [run / "curve.csv" for run in runs] for name, runs in folders.items()}, PICTURE)
+    report.plot_curves({variant.name: variant.curves for variant in variants}, PICTURE)
     print(f"compare: {len(rows)} runs of {len(variants)} variants → {PAGE}, {TABLE}, {METRICS}, {PICTURE}")
     if promoted := register_champion(params.tracking, rows):
         print(f"compare: {promoted}")
-
-
-def _evaluations(variants: "list[Variant]") -> str:
-    """Every evaluation of every run as CSV, a line each, for `dvc plots`."""
-    lines = ["variant,seed,tokens,seconds,val_loss"]
-    for variant in variants:
-        for row, curve in zip(variant.rows, variant.curves, strict=True):
-            for point in curve:
-                if "val_loss" in point:
-                    seconds = point.get("seconds", 0.0)  # not measured before the first step
-                    lines.append(
-                        f"{variant.name},{row['seed']},{point['tokens']:.0f},{seconds:g},{point['val_loss']:g}"
-                    )
-    return "\n".join(lines) + "\n"
 
 
 def _metrics(folder: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ on from there; its folder is named after everything that decides the result, so 
 """
 
 import argparse
+import fcntl
 import hashlib
 import json
 import shutil
@@ -17,15 +18,19 @@ from pipelines.workspace import borrow_native_module
 RUNS = Path("checkpoints")
 MODELS = Path("models")
 REPORTS = Path("reports/runs")
+MOMENTS = 20  # that are kept of each run; a curve interpolates between them
+TIMINGS = Path("reports/timing.json")  # seconds of training up to each point of the curve, by run; no output of DVC
 
 
 def main() -> None:
     borrow_native_module()
+    from chargpt import experiment
     from chargpt.checkpoint import export_checkpoint
     from chargpt.config import flatten, load_params
     from chargpt.data import load_splits
     from chargpt.errors import nearest
-    from chargpt.training import Run, train
+    from chargpt.tracking import TIMING
+    from chargpt.training import Run
 
     parser = argparse.ArgumentParser(description="Train one variant of params.yaml with one seed.")
     parser.add_argument("--variant", required=True)
@@ -44,15 +49,33 @@ def main() -> None:
     if not (folder / "metrics.json").exists():  # it exists where only the lines below were cut short
         corpus = params.corpus.path or params.corpus.name
         run = Run(arguments.variant, arguments.seed, config, splits, corpus, folder)
-        train(run, params.evaluation, params.tracking)
+        experiment.train(run, params.evaluation, params.tracking)
 
     export_checkpoint(folder / "best", MODELS / name)
     (REPORTS / name).mkdir(parents=True, exist_ok=True)
     for file in ("metrics.json", "curve.csv"):
         shutil.copy(folder / file, REPORTS / name / file)
+    record_timing(name, folder / TIMING)
     shutil.rmtree(folder)
     metrics = json.loads((REPORTS / name / "metrics.json").read_text(encoding="utf-8"))
     print(f"train: {name}, validation loss {metrics['val_full']:.4f} nats per token → {MODELS / name}")
+
+
+def record_timing(name: str, source: Path) -> None:
+    """Put the seconds of a run into TIMINGS, where they make no result differ, in place of what it says of this run."""
+    from chargpt.files import replaced_file
+    from chargpt.tracking import read_timing
+
+    moments = read_timing(source)
+    TIMINGS.parent.mkdir(parents=True, exist_ok=True)
+    with (TIMINGS.parent / ".timing.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # stages may run at the same time
+        known = json.loads(TIMINGS.read_text(encoding="utf-8")) if TIMINGS.exists() else {}
+        steps = sorted(moments)
+        kept = {steps[n * (len(steps) - 1) // MOMENTS] for n in range(MOMENTS + 1)}
+        known[name] = {step: round(moments[step].seconds, 3) for step in sorted(kept)}
+        with replaced_file(TIMINGS) as file:
+            file.write(json.dumps(known, sort_keys=True).replace("}, ", "},\n").encode() + b"\n")
 
 
 if __name__ == "__main__":

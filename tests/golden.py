@@ -34,8 +34,8 @@ MODERN = {
 }
 MUON = {"kind": "muon", "learning_rate": 0.02, "weight_decay": 0.3}
 VARIANTS = {
-    "bigram": {"model": {"kind": "bigram"}, "batch_size": 32, "sampling": "random", "grad_clip": None},
-    "nanogpt-cpu": {"model": {"kind": "transformer"}, "sampling": "random"},
+    "bigram": {"model": {"kind": "bigram"}, "batch_size": 32, "order": "random", "grad_clip": None},
+    "nanogpt-cpu": {"model": {"kind": "transformer"}, "order": "random"},
     "modern": {
         "model": {"kind": "transformer", **MODERN},
         "batch_size": 8,

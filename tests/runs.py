@@ -54,16 +54,16 @@ TRANSFORMER = override(
 # Every part that has a state of its own, each in company of others.
 CASES = {
     "bigram-adamw-epoch": BIGRAM,
-    "bigram-random-ema": override(BIGRAM, ["sampling=random", "ema_decay=0.9"]),
+    "bigram-random-ema": override(BIGRAM, ["order=random", "ema_decay=0.9"]),
     "transformer-adamw-random-accumulated-ema": override(
-        TRANSFORMER, ["sampling=random", "gradient_accumulation_steps=3", "ema_decay=0.9"]
+        TRANSFORMER, ["order=random", "gradient_accumulation_steps=3", "ema_decay=0.9"]
     ),
     "transformer-patience-part": override(
         TRANSFORMER, ["max_steps=60", "eval_interval=2", "optimizer.learning_rate=0.3", "patience=4", "eval_tokens=150"]
     ),
     "transformer-muon-epoch": override(TRANSFORMER, ["optimizer.kind=muon", "schedule.kind=wsd", "grad_clip=null"]),
     "transformer-muon-random-ema": override(
-        TRANSFORMER, ["optimizer.kind=muon", "sampling=random", "ema_decay=0.8", "model.tied_head=false"]
+        TRANSFORMER, ["optimizer.kind=muon", "order=random", "ema_decay=0.8", "model.tied_head=false"]
     ),
 }
 

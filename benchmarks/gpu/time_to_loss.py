@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.gpu.program import Program
 from benchmarks.gpu.training import TORCH, candidates, setup
-from chargpt.data import RandomBatches, Splits, split_tokens
+from chargpt.data import Batches, Splits, build_batches, split_tokens
 from chargpt.evaluation import full_loss
 from chargpt.models import LanguageModel
 from chargpt.runtime import Runtime
@@ -72,7 +72,7 @@ def train(program: Program, splits: Splits, kernels: str, deadline: float) -> di
     steps, interval = (4, 2) if program.dry else (MAX_STEPS, INTERVAL)
     vocabulary = splits.tokenizer.vocab_size
     network, called, optimizers, config, runtime = setup(program, kernels, True, vocabulary, steps)
-    batches = RandomBatches(splits.train, config.batch_size, config.model.block_size, seed=3)
+    batches = build_batches("random", splits.train, config.batch_size, config.model.block_size, seed=3)
     compile_seconds = _compile(program, called, batches, runtime)
     curve: list[tuple[int, float, float]] = []
     seconds = 0.0
@@ -99,7 +99,7 @@ def train(program: Program, splits: Splits, kernels: str, deadline: float) -> di
     }
 
 
-def _compile(program: Program, called: LanguageModel, batches: RandomBatches, runtime: Runtime) -> float:
+def _compile(program: Program, called: LanguageModel, batches: Batches, runtime: Runtime) -> float:
     """Both passes once, without a step of the optimizer: the weights stay as they were."""
     position = batches.state_dict()
     started = time.perf_counter()

@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.gpu.program import Function, Program
 from benchmarks.gpu.training import TORCH, candidates, setup
 from benchmarks.harness import milliseconds
-from chargpt.data import RandomBatches
+from chargpt.data import build_batches
 from chargpt.training import training_step
 
 VOCABULARY = 65
@@ -85,7 +85,7 @@ def samples(program: Program, kernels: str, compiled: bool, steps: int) -> Funct
     """A function that makes `steps` training steps and waits for the GPU to finish them."""
     _, called, optimizers, config, runtime = setup(program, kernels, compiled, VOCABULARY, max_steps=1)
     tokens = np.random.default_rng(2).integers(VOCABULARY, size=1_000_000, dtype=np.uint8)
-    batches = RandomBatches(tokens, config.batch_size, config.model.block_size, seed=3)
+    batches = build_batches("random", tokens, config.batch_size, config.model.block_size, seed=3)
     step = partial(training_step, called, optimizers, batches, config, runtime)
 
     def sample() -> None:

@@ -4,8 +4,9 @@ format.py   a checkpoint: a sealed folder
 folder.py   a run's folder of checkpoints
 """
 
-from chargpt.checkpoint.folder import point_to, remove_unreferenced
+from chargpt.checkpoint.folder import locked, point_to, remove_unreferenced
 from chargpt.checkpoint.format import (
+    TOKENIZER,
     WEIGHTS,
     Tensors,
     damage,
@@ -20,6 +21,7 @@ from chargpt.checkpoint.format import (
 )
 
 __all__ = [
+    "TOKENIZER",
     "WEIGHTS",
     "Tensors",
     "damage",
@@ -28,6 +30,7 @@ __all__ = [
     "load_ensemble",
     "load_model",
     "load_state",
+    "locked",
     "point_to",
     "read_description",
     "remove_unreferenced",

@@ -3,12 +3,16 @@
 A link is replaced by a rename, so there is a whole checkpoint at every moment.
 """
 
+import contextlib
+import fcntl
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
-# How the temporary names in a run folder begin, each the name that it was to take.
-LEFTOVERS = (".step-", ".best.", ".last.", ".data.", ".config.yaml.", ".curve.csv.", ".sample.txt.", ".metrics.json.")
+from chargpt.errors import TrainingError
+
+LEFTOVERS = (".step-", ".best.", ".last.")  # how the temporary names of this module begin
 
 
 def point_to(run_folder: Path, name: str, checkpoint: str) -> None:
@@ -32,6 +36,20 @@ def remove_unreferenced(run_folder: Path) -> None:
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(run_folder: Path) -> Iterator[None]:
+    """Hold the folder for this process; makes it if need be. Raises TrainingError when another one trains in it."""
+    run_folder.mkdir(parents=True, exist_ok=True)
+    with (run_folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise TrainingError(
+                f"another process is training in {run_folder}; wait for it, stop it, or choose another folder"
+            ) from None
+        yield
 
 
 def sync_folder(folder: Path) -> None:

@@ -10,6 +10,7 @@ from chargpt.evaluation.dynamic import dynamic_loss
 from chargpt.evaluation.protocols import (
     PROTOCOLS,
     TOKENS_PER_PASS,
+    bits_per_byte,
     evaluate,
     evaluating,
     full_loss,
@@ -20,6 +21,7 @@ from chargpt.evaluation.protocols import (
 __all__ = [
     "PROTOCOLS",
     "TOKENS_PER_PASS",
+    "bits_per_byte",
     "dynamic_loss",
     "evaluate",
     "evaluating",

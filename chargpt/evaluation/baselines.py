@@ -6,13 +6,13 @@ import numpy as np
 
 from chargpt.data import Splits
 
-COUNTED_TOKENS = 5_000_000  # in pairs of characters: bounds time and memory
+COUNTED_TOKENS = 5_000_000  # in pairs: bounds time and memory
 
 
 def guess_losses(splits: Splits) -> dict[str, float]:
     """Mean loss on the validation part of guesses that only count, by what they count: the scale for a model's loss.
 
-    Pairs are smoothed by how many different characters follow each (Witten and Bell 1991, method C), and counted on the
+    Pairs are smoothed by how many different tokens follow each (Witten and Bell 1991, method C), and counted on the
     last COUNTED_TOKENS of the training part.
     """
     V = splits.tokenizer.vocab_size
@@ -31,7 +31,7 @@ def guess_losses(splits: Splits) -> dict[str, float]:
         seen[first] > 0, (count + backed_off) / np.maximum(seen[first] + followers[first], 1), single[second]
     )
     return {
-        f"blindly among the {V:,} characters of the text": math.log(V),
-        "by how often each character occurs": float(-np.log(single[val[1:]]).mean()),
+        f"with all {V:,} symbols equally likely": math.log(V),
+        "by how often each occurs": float(-np.log(single[val[1:]]).mean()),
         "by how often each follows the one before": float(-np.log(probability).mean()),
     }

@@ -7,6 +7,7 @@ numbers of its kind alone.
 """
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -86,6 +87,11 @@ def nanogpt_loss(
             idx, targets = random_batch(tokens, batch_size, model.block_size, generator)
             total += model(idx.to(device), targets.to(device)).item()
     return total / config.nanogpt_batches
+
+
+def bits_per_byte(loss: float, bytes_per_token: float) -> float:
+    """A loss in nats per token as bits per byte of text, which compares models with different tokenizers."""
+    return loss / math.log(2) / bytes_per_token
 
 
 @contextlib.contextmanager

@@ -71,11 +71,12 @@ def stream_text(
 ) -> Iterator[list[str]]:
     """Yield what each of `config.num_samples` continuations of `prompt` gains, token by token.
 
-    Seeded by `config.seed`. Raises TokenizerError when the prompt has unknown characters and `config.unknown` is
-    "strict".
+    A token that ends inside a character gains nothing yet. Seeded by `config.seed`. Raises TokenizerError when the
+    prompt has unknown characters and `config.unknown` is "strict".
     """
     idx = prompt_tokens(tokenizer, prompt, config.unknown).to(device).expand(config.num_samples, -1)  # (B, T)
     generator = torch.Generator(device=device).manual_seed(config.seed)
+    decoders = [tokenizer.decoder() for _ in range(config.num_samples)]
     for token in stream_tokens(
         model,
         idx,
@@ -85,7 +86,7 @@ def stream_text(
         top_p=config.top_p,
         generator=generator,
     ):
-        yield [tokenizer.decode(row) for row in token.cpu().numpy()]
+        yield [decode(row) for decode, row in zip(decoders, token.cpu().numpy(), strict=True)]
 
 
 def generate_text(

@@ -2,24 +2,30 @@
 
 fit.py      the choices, each with its reason
 machine.py  this machine, measured
-memory.py   what a run takes
 """
 
-from chargpt.planner.fit import Fitted, Machine, Request, Speed, Text, budgeted, choose_preset, fit, validation_fraction
-from chargpt.planner.memory import WHAT_TO_LOWER, parameter_estimate, require_memory, required_memory
+from chargpt.planner.fit import (
+    Fitted,
+    Machine,
+    Request,
+    Text,
+    assigned,
+    choose_preset,
+    fit,
+    steps_in,
+    validation_fraction,
+)
+from chargpt.planner.machine import this_machine
 
 __all__ = [
-    "WHAT_TO_LOWER",
     "Fitted",
     "Machine",
     "Request",
-    "Speed",
     "Text",
-    "budgeted",
+    "assigned",
     "choose_preset",
     "fit",
-    "parameter_estimate",
-    "require_memory",
-    "required_memory",
+    "steps_in",
+    "this_machine",
     "validation_fraction",
 ]

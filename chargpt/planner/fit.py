@@ -1,7 +1,8 @@
 """How `chargpt train` fits a preset to a text, a machine and a time: a pure function, with a reason for each choice.
 
-The one idea to know: what decides is how often the run will read the text, and that follows from the measured speed,
-the time and the length of the text. Nothing that the user set by hand is touched.
+The one idea to know: what decides is how often the run will read the text, and that follows from the number of steps.
+Minutes become steps here, once, by the measured speed; from then on there is no clock. Nothing that the user set by
+hand is touched.
 """
 
 import dataclasses
@@ -13,7 +14,7 @@ from chargpt.config import TrainConfig, TransformerConfig, override
 from chargpt.config.presets import PRESETS
 from chargpt.console import duration
 from chargpt.errors import ConfigError, CorpusError, nearest
-from chargpt.planner.memory import require_memory, required_memory
+from chargpt.training import Speed, require_memory, required_memory
 
 MODERN_MINUTES = 3  # on a CPU; for more, and on a GPU, it is cpu-best
 # Passes over the text up to which a dropout is enough, and the dropout.
@@ -45,14 +46,6 @@ class Text:
     train_tokens: int
     val_tokens: int
     vocab_size: int
-
-
-@dataclass(frozen=True)
-class Speed:
-    """Tokens per second under one config on this machine."""
-
-    training: float
-    evaluation: float
 
 
 @dataclass(frozen=True)
@@ -90,22 +83,29 @@ def fit(request: Request, text: Text, machine: Machine) -> Fitted:
     """A config for this text, machine and time, with reasons.
 
     In order of precedence: the request's assignments, its minutes, what is fitted here, the preset. Raises ConfigError
-    for an unknown preset, assignments that `override` refuses, or minutes against a budget among the assignments,
+    for an unknown preset, assignments that `override` refuses, or minutes beside max_steps among the assignments,
     CorpusError for a text of a few words, and TrainingError when the model does not fit into the memory.
     """
     name, reason = choose_preset(request, machine.gpu)
     fixed = frozenset(assignment.partition("=")[0] for assignment in request.assignments)
-    choices = _Choices(budgeted(PRESETS[name], request), fixed)
+    choices = _Choices(assigned(PRESETS[name], request), fixed)
     choices.reasons.append(reason)
     _fit_block(choices, text)
     _fit_memory(choices, text, machine)
     before, speed = choices.config.model, machine.speed(choices.config)
+    if request.minutes is not None:  # what dropout hangs on; by its own speed once that is chosen
+        steps = steps_in(request.minutes, choices.config, speed)
+        choices.config = dataclasses.replace(choices.config, max_steps=steps)
     if request.teachers:
         _fit_teachers(choices)
     else:
-        _fit_passes(choices, text, speed, PRESETS[name])
+        _fit_dropout(choices, text, PRESETS[name])
     if choices.config.model != before:
         speed = machine.speed(choices.config)
+    if request.minutes is not None:
+        _fit_minutes(choices, request.minutes, speed)
+    if not request.teachers:
+        _fit_passes(choices, text, PRESETS[name])
     _fit_evaluation(choices, text, speed)
     kind = choices.config.model.kind
     return Fitted(choices.config, name if kind == PRESETS[name].model.kind else kind, tuple(choices.reasons))
@@ -132,21 +132,20 @@ def choose_preset(request: Request, gpu: bool) -> tuple[str, str]:
     return name, f"preset {name}: the usual one for {request.minutes:g} min on a {'GPU' if gpu else 'CPU'}"
 
 
-def budgeted(preset: TrainConfig, request: Request) -> TrainConfig:
-    """The preset under the assignments, with one budget: the assigned one, else the minutes, else the preset's own.
-
-    Raises ConfigError as `override` does, for minutes that are not positive, and for two budgets.
-    """
-    assigned = {assignment.partition("=")[0] for assignment in request.assignments} & {"max_steps", "max_seconds"}
+def assigned(preset: TrainConfig, request: Request) -> TrainConfig:
+    """The preset under the assignments. Raises ConfigError as `override` does, for minutes that are not positive, and
+    for minutes beside an assigned number of steps."""
     if request.minutes is not None:
         if not 0 < request.minutes < math.inf:
             raise ConfigError(f"--minutes must be positive and finite, got {request.minutes}")
-        if assigned:
-            raise ConfigError(f"--minutes and --set {min(assigned)}=… both set the budget; leave one out")
-        preset = dataclasses.replace(preset, max_steps=None, max_seconds=request.minutes * 60)
-    # One of the two alone takes the place of the preset's budget, whichever that is.
-    other = [f"{key}=null" for key in ("max_steps", "max_seconds") if len(assigned) == 1 and key not in assigned]
-    return override(preset, [*other, *request.assignments])
+        if any(assignment.startswith("max_steps=") for assignment in request.assignments):
+            raise ConfigError("--minutes and --set max_steps=… both set how long to train; leave one out")
+    return override(preset, list(request.assignments))
+
+
+def steps_in(minutes: float, config: TrainConfig, speed: Speed) -> int:
+    """How many steps of `config` take so many minutes of training."""
+    return max(1, round(60 * minutes * speed.training / config.tokens_per_step))
 
 
 # -------------------------------------------------------------------------------------------------------- its choices
@@ -188,31 +187,47 @@ def _fit_memory(choices: _Choices, text: Text, machine: Machine) -> None:
     require_memory(choices.config, text.vocab_size, machine.memory)
 
 
-def _fit_passes(choices: _Choices, text: Text, speed: Speed, preset: TrainConfig) -> None:
-    """Against overfitting, by how often the run will read the text.
+def _fit_minutes(choices: _Choices, minutes: float, speed: Speed) -> None:
+    steps = steps_in(minutes, choices.config, speed)
+    choices.set(
+        f"max_steps {steps:,}: {minutes:g} min of training at {speed.training:,.0f} tokens a second, as measured now",
+        {"max_steps": steps},
+    )
 
-    A run that reads it no more often than the preset's own time reads the text that the preset was tuned on stays as
-    it was tuned.
-    """
-    seconds = _seconds(choices.config, speed)
-    passes = seconds * speed.training / text.train_tokens
-    tuned = seconds * TUNED_ON <= 1.2 * _seconds(preset, speed) * text.train_tokens
-    if passes > MOST_PASSES and choices.config.max_seconds is not None and not tuned:
-        shorter = seconds * MOST_PASSES / passes
-        choices.set(
-            f"max_seconds {shorter:.0f} in place of {seconds:.0f}: reading the text {passes:.0f} times would learn it "
-            f"by heart; {MOST_PASSES} times do",
-            {"max_seconds": round(shorter, 1)},
-        )
-        passes = _seconds(choices.config, speed) * speed.training / text.train_tokens
-    model = choices.config.model
-    if isinstance(model, TransformerConfig) and not tuned:
+
+def _passes(config: TrainConfig, text: Text) -> float:
+    """How often the run reads the text."""
+    return config.max_steps * config.tokens_per_step / text.train_tokens
+
+
+def _as_tuned(config: TrainConfig, text: Text, preset: TrainConfig) -> bool:
+    """Whether the run reads its text no more often than the preset read the text that it was tuned on."""
+    return _passes(config, text) <= 1.2 * preset.max_steps * preset.tokens_per_step / TUNED_ON
+
+
+def _fit_dropout(choices: _Choices, text: Text, preset: TrainConfig) -> None:
+    """Against overfitting, by how often the run will read the text."""
+    config = choices.config
+    if isinstance(config.model, TransformerConfig) and not _as_tuned(config, text, preset):
+        passes = min(_passes(config, text), MOST_PASSES)
         dropout = next(dropout for most, dropout in DROPOUT if passes <= most)
-        if dropout != model.dropout:
+        if dropout != config.model.dropout:
             choices.set(
-                f"dropout {dropout} in place of {model.dropout}: the run reads the text about {passes:.1f} times",
+                f"dropout {dropout} in place of {config.model.dropout}: the run reads the text {passes:.1f} times",
                 {"model.dropout": dropout},
             )
+
+
+def _fit_passes(choices: _Choices, text: Text, preset: TrainConfig) -> None:
+    """Not so many steps that the run learns the text by heart."""
+    config, passes = choices.config, _passes(choices.config, text)
+    if passes > MOST_PASSES and not _as_tuned(config, text, preset):
+        fewer = max(1, round(config.max_steps * MOST_PASSES / passes))
+        choices.set(
+            f"max_steps {fewer:,} in place of {config.max_steps:,}: reading the text {passes:.0f} times would learn it "
+            f"by heart; {MOST_PASSES} times do",
+            {"max_steps": fewer},
+        )
 
 
 def _fit_teachers(choices: _Choices) -> None:
@@ -226,19 +241,11 @@ def _fit_teachers(choices: _Choices) -> None:
         )
 
 
-def _seconds(config: TrainConfig, speed: Speed) -> float:
-    """The budget in seconds."""
-    if config.max_seconds is not None:
-        return config.max_seconds
-    assert config.max_steps is not None
-    return config.max_steps * config.tokens_per_step / speed.training
-
-
 def _fit_evaluation(choices: _Choices, text: Text, speed: Speed) -> None:
     config = choices.config
     steps_per_second = speed.training / config.tokens_per_step
-    seconds = _seconds(config, speed)
-    steps = config.max_steps or max(1, round(seconds * steps_per_second))
+    steps = config.max_steps
+    seconds = steps / steps_per_second
     affordable = EVALUATION_SHARE * seconds * speed.evaluation  # tokens
     fewest, most = EVALUATIONS
     scored = max(FEWEST_SCORED, round(affordable / fewest))

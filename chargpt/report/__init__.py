@@ -6,7 +6,7 @@ charts.py   the page's drawings, as SVG
 page.py     the comparison as one HTML page
 """
 
-from chargpt.report.curves import plot_curves, read_curve
+from chargpt.report.curves import CurvePoint, RunCurve, evaluations_csv, plot_curves, read_curve
 from chargpt.report.page import Provenance, Variant, render
 from chargpt.report.table import (
     COUNTS,
@@ -18,21 +18,26 @@ from chargpt.report.table import (
     comparison_metrics,
     comparison_table,
     distinct,
+    timed,
 )
 
 __all__ = [
     "COUNTS",
     "PUBLISHED",
     "TINY_SHAKESPEARE_SHA256",
+    "CurvePoint",
     "Provenance",
     "Published",
     "Row",
+    "RunCurve",
     "Statistic",
     "Variant",
     "comparison_metrics",
     "comparison_table",
     "distinct",
+    "evaluations_csv",
     "plot_curves",
     "read_curve",
     "render",
+    "timed",
 ]

@@ -5,10 +5,11 @@ a script. page.js draws the curves by the same rules when their axis or the choi
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from chargpt.report.curves import RunCurve
 from chargpt.report.table import Statistic
 
 TRAIN_POINTS = 80  # of each run's training curve, which has a point every few steps
@@ -82,21 +83,27 @@ def ladder_chart(
 # -------------------------------------------------------------------------------------------------------------- curves
 
 
+Mark = tuple[float, float, float | None, float]  # step, tokens, seconds (None: not known), loss
+
+
 @dataclass(frozen=True)
 class Curve:
-    """The measured points of one run: (step, tokens, seconds, loss) each, without step 0, which a log axis lacks."""
+    """The measured points of one run, without step 0, which a log axis lacks."""
 
     variant: int
     seed: int
-    val: list[tuple[float, float, float, float]]
-    train: list[tuple[float, float, float, float]]
+    val: list[Mark]
+    train: list[Mark]
 
     @classmethod
-    def of(cls, variant: int, seed: int, points: Iterable[Mapping[str, float]]) -> "Curve":
-        """From the points of a curve.csv; the training curve is thinned out to means of neighbours."""
-        points = [point for point in points if point["step"] > 0 and point.get("seconds", 0) > 0]
+    def of(cls, variant: int, seed: int, curve: RunCurve) -> "Curve":
+        """The training curve is thinned out to means of neighbours."""
         val, train = (
-            [(point["step"], point["tokens"], point["seconds"], point[key]) for point in points if key in point]
+            [
+                (float(point.step), float(point.tokens), point.seconds, float(loss))
+                for point in curve
+                if point.step > 0 and (loss := getattr(point, key)) is not None
+            ]
             for key in ("val_loss", "train_loss")
         )
         return cls(variant, seed, val, _thinned(train))
@@ -104,7 +111,10 @@ class Curve:
     def data(self) -> dict[str, Any]:
         """For page.js, with as many digits as a screen can show."""
         rounded = {
-            name: [[step, tokens, float(f"{seconds:.5g}"), round(loss, 4)] for step, tokens, seconds, loss in points]
+            name: [
+                [step, tokens, None if seconds is None else float(f"{seconds:.5g}"), round(loss, 4)]
+                for step, tokens, seconds, loss in points
+            ]
             for name, points in (("val", self.val), ("train", self.train))
         }
         return {"variant": self.variant, "seed": self.seed} | rounded
@@ -156,12 +166,12 @@ def curve_chart(curves: Sequence[Curve]) -> CurveChart:
     )
 
 
-def _thinned(points: list[tuple[float, float, float, float]]) -> list[tuple[float, float, float, float]]:
+def _thinned(points: list[Mark]) -> list[Mark]:
     """At most TRAIN_POINTS points, evenly on a log axis: each the mean loss since the one before, at its end."""
     if len(points) <= TRAIN_POINTS:
         return points
     first, last = points[0][0], points[-1][0]
-    cells: dict[int, list[tuple[float, float, float, float]]] = {}
+    cells: dict[int, list[Mark]] = {}
     for point in points:
         cell = int(TRAIN_POINTS * math.log(point[0] / first) / math.log(last / first))
         cells.setdefault(min(cell, TRAIN_POINTS - 1), []).append(point)

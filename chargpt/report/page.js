@@ -25,7 +25,8 @@
 
   function draw() {
     const column = COLUMN[axis()];
-    const visible = curves.map((curve) => boxes[curve.variant].checked && curve.val.length > 0);
+    // A run whose times are not known has no place on the axis of seconds.
+    const visible = curves.map((curve) => boxes[curve.variant].checked && curve.val.length > 0 && curve.val[0][column] !== null);
     const shown = curves.filter((_, run) => visible[run]);
     const training = controls.querySelector("[name=train]").checked;
     pick(null);

@@ -7,13 +7,14 @@ A content policy in the page allows that one script, by its hash, and nothing fr
 
 import base64
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.resources import files
 from typing import Any
 
 from chargpt.report.charts import Curve, curve_chart, ladder_chart
+from chargpt.report.curves import RunCurve
 from chargpt.report.table import Published, Row, Statistic, distinct
 
 SAMPLE_CHARACTERS = 400
@@ -33,7 +34,7 @@ class Variant:
 
     name: str
     rows: Sequence[Row]  # metrics.json of each seed
-    curves: Sequence[Sequence[Mapping[str, float]]]  # the points of each seed's curve.csv, as `read_curve` gives them
+    curves: Sequence[RunCurve]  # of each seed
     sample: str
     sample_settings: str
     command: str
@@ -44,7 +45,7 @@ class Provenance:
     """What was run, and when the page was made."""
 
     corpus: str
-    corpus_sha256: str
+    corpus_sha256: str | None  # None: not known
     commit: str | None  # None outside a git repository
     dirty: bool  # files that decide results differ from the commit
     made: datetime
@@ -79,17 +80,18 @@ def render(
         for number, variant in enumerate(variants)
         for row, points in zip(variant.rows, variant.curves, strict=True)
     ]
-    lines = [_line(variant, published) for variant in variants]
+    protocols = {name: title for name, title in PROTOCOLS.items() if all(f"val_{name}" in row for row in rows)}
+    lines = [_line(variant, published, protocols) for variant in variants]
     return environment.get_template("page.html").render(
         variants=variants,
         lines=lines,
         best=min(lines, key=lambda line: line["losses"]["full"].mean),
         ladder=ladder_chart(
-            {protocol: [[row[f"val_{protocol}"] for row in v.rows] for v in variants] for protocol in PROTOCOLS},
+            {protocol: [[row[f"val_{protocol}"] for row in v.rows] for v in variants] for protocol in protocols},
             [published[variant.name].loss if variant.name in published else None for variant in variants],
             references,
         ),
-        protocols=PROTOCOLS,
+        protocols=protocols,
         chart=curve_chart(curves),
         data={"variants": [variant.name for variant in variants], "curves": [curve.data() for curve in curves]},
         hues=[_hue(number) for number in range(len(variants))],
@@ -98,7 +100,7 @@ def render(
         references=references,
         provenance=provenance,
         runs=len(rows),
-        hours=sum(row["seconds"] for row in rows) / 3600,
+        hours=sum(row["seconds"] or 0 for row in rows) / 3600,
         facts={key: distinct(rows, key) for key in ("device", "threads", "torch", "kernels", "precision")},
         sample_characters=SAMPLE_CHARACTERS,
         style=Markup(style),  # noqa: S704 -- ours, from the package
@@ -107,7 +109,7 @@ def render(
     )
 
 
-def _line(variant: Variant, published: Mapping[str, Published]) -> dict[str, Any]:
+def _line(variant: Variant, published: Mapping[str, Published], protocols: Iterable[str]) -> dict[str, Any]:
     """What the table and the ladder say about a variant."""
     rows = variant.rows
     return {
@@ -116,14 +118,18 @@ def _line(variant: Variant, published: Mapping[str, Published]) -> dict[str, Any
         "costs": {
             title: _cost([row[key] for row in rows], show, spread) for title, (key, show, spread) in COSTS.items()
         },
-        "losses": {protocol: Statistic.of([row[f"val_{protocol}"] for row in rows]) for protocol in PROTOCOLS},
+        "losses": {protocol: Statistic.of([row[f"val_{protocol}"] for row in rows]) for protocol in protocols},
+        "bits": Statistic.of([row["bits_per_byte"] for row in rows]),
         "published": published.get(variant.name),
         "kernels": distinct(rows, "kernels"),
         "precision": distinct(rows, "precision"),
     }
 
 
-def _cost(values: list[float], show: str, spread: bool) -> dict[str, Any]:
+def _cost(measured: list[float | None], show: str, spread: bool) -> dict[str, Any]:
+    values = [value for value in measured if value is not None]
+    if len(values) < len(measured):
+        return {"mean": "", "text": "–", "spread": None}
     one = Statistic.of(values)
     share = f"{one.deviation / one.mean:.1%}" if spread and one.deviation is not None else None
     return {"mean": one.mean, "text": format(one.mean, show), "spread": share}

@@ -5,20 +5,20 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-Row = dict[str, Any]  # metrics.json of one run
+Row = dict[str, Any]  # metrics.json of one run, with `seconds` and `tokens_per_second`, None where not known
 COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("parameters", "parameters", lambda x: f"{x:,.0f}"),
     ("steps", "steps", lambda x: f"{x:,.0f}"),
     ("tokens_per_second", "tokens/s", lambda x: f"{x:,.0f}"),
     ("seconds", "seconds", lambda x: f"{x:,.1f}"),
     ("val_full", "val (full)", lambda x: f"{x:.4f}"),
+    ("bits_per_byte", "bits/byte", lambda x: f"{x:.3f}"),
     ("val_sliding", "val (sliding)", lambda x: f"{x:.4f}"),
     ("val_nanogpt", "val (nanogpt)", lambda x: f"{x:.4f}"),
 )
-MEANS = (
-    *("parameters", "steps", "tokens", "seconds", "tokens_per_second"),
-    *("val_full", "val_sliding", "val_nanogpt"),
-)
+TIMES = ("seconds", "tokens_per_second")  # no part of what equal runs have in common
+PROTOCOLS = ("val_sliding", "val_nanogpt")  # not every run was scored by them
+MEANS = ("parameters", "steps", "tokens", "val_full", "bits_per_byte", *PROTOCOLS)
 
 
 @dataclass(frozen=True)
@@ -74,13 +74,15 @@ def comparison_table(rows: Iterable[Row], published: Mapping[str, Published] | N
     """
     groups = by_variant(rows)
     published = {name: value for name, value in (published or {}).items() if name in groups}
-    titles = [title for _, title, _ in COLUMNS] + ["published"] * bool(published)
+    rows = [row for runs in groups.values() for row in runs]
+    columns = [column for column in COLUMNS if column[0] not in PROTOCOLS or any(column[0] in row for row in rows)]
+    titles = [title for _, title, _ in columns] + ["published"] * bool(published)
     lines = [
         "| variant | seeds | " + " | ".join(titles) + " | kernels |",
         "|---|---:|" + "---:|" * len(titles) + "---|",
     ]
     for variant, runs in groups.items():
-        cells = [Statistic.of([row[key] for row in runs]).text(show) for key, _, show in COLUMNS]
+        cells = [_cell([row.get(key) for row in runs], show) for key, _, show in columns]
         if published:
             cells.append(f"{published[variant].loss} ({published[variant].source})" if variant in published else "")
         lines.append(f"| {variant} | {len(runs)} | " + " | ".join(cells) + f" | {distinct(runs, 'kernels')} |")
@@ -95,12 +97,28 @@ def comparison_metrics(rows: Iterable[Row]) -> dict[str, dict[str, Any]]:
     return {
         variant: {
             "seeds": len(runs),
-            **{key: round(statistics.fmean(row[key] for row in runs), 6) for key in MEANS},
+            **{
+                key: round(statistics.fmean(row[key] for row in runs), 6)
+                for key in MEANS
+                if all(key in row for row in runs)
+            },
             "val_full_sd": None if len(runs) < 2 else round(statistics.stdev(row["val_full"] for row in runs), 6),
-            "runs": runs,
+            "runs": [{key: value for key, value in row.items() if key not in TIMES} for row in runs],
         }
         for variant, runs in by_variant(rows).items()
     }
+
+
+def timed(row: Row, seconds: Mapping[int, float]) -> Row:
+    """A row with its `seconds` and `tokens_per_second`, from the seconds of training by step; None where not known."""
+    total = seconds[max(seconds)] if seconds else 0.0
+    return row | {"seconds": total or None, "tokens_per_second": row["tokens"] / total if total else None}
+
+
+def _cell(values: Sequence[float | None], show: Callable[[float], str]) -> str:
+    """Mean and deviation of what was measured; a dash where it was not for all."""
+    known = [value for value in values if value is not None]
+    return Statistic.of(known).text(show) if len(known) == len(values) else "–"
 
 
 def distinct(rows: Iterable[Row], key: str) -> str:

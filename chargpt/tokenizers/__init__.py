@@ -1,28 +1,43 @@
 """Tokenizers: text to ids and back. `build_tokenizer` makes one from a text, `load_tokenizer` reads one from its JSON.
 
 The one idea to know: a saved tokenizer is plain JSON, checked field by field when it is read.
+
+base.py        what all of them share
+character.py   one id for each character of the text
+byte.py        the 256 bytes
+
+Each kind is the module of its name, with `build(text)` and `from_content(fields)`: to add one, write the module and
+name it in `TokenizerConfig`.
 """
 
+import importlib
 import json
-from collections.abc import Callable
+import typing
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 from chargpt.config import TokenizerConfig
 from chargpt.errors import TokenizerError
 from chargpt.tokenizers.base import FORMAT, VERSION, Errors, Ids, Tokenizer, token_dtype
 from chargpt.tokenizers.character import CharacterTokenizer
 
-__all__ = ["CharacterTokenizer", "Errors", "Ids", "Tokenizer", "build_tokenizer", "load_tokenizer", "token_dtype"]
+__all__ = [
+    "KINDS",
+    "CharacterTokenizer",
+    "Errors",
+    "Ids",
+    "Tokenizer",
+    "build_tokenizer",
+    "load_tokenizer",
+    "token_dtype",
+]
 
-KINDS: dict[str, Callable[[dict[str, Any]], Tokenizer]] = {"character": CharacterTokenizer.from_content}
+KINDS: tuple[str, ...] = typing.get_args(typing.get_type_hints(TokenizerConfig)["kind"])
 
 
 def build_tokenizer(config: TokenizerConfig, text: str) -> Tokenizer:
     """The tokenizer that `config` asks for, with a vocabulary that covers `text`. Raises TokenizerError."""
-    match config.kind:
-        case "character":
-            return CharacterTokenizer(text)
+    return typing.cast(Tokenizer, _module(config.kind).build(text))
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
@@ -41,6 +56,10 @@ def load_tokenizer(path: Path) -> Tokenizer:
     if not isinstance(kind, str) or kind not in KINDS:
         raise TokenizerError(f"{path} has the kind {kind!r}; this chargpt knows {', '.join(KINDS)}")
     try:
-        return KINDS[kind](record)
+        return typing.cast(Tokenizer, _module(kind).from_content(record))
     except TokenizerError as error:
         raise TokenizerError(f"{path} is damaged: {error}; make it again") from None
+
+
+def _module(kind: str) -> ModuleType:
+    return importlib.import_module(f"chargpt.tokenizers.{kind}")

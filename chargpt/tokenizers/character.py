@@ -3,7 +3,7 @@
 The one idea to know: UTF-32 makes a text an array of numbers, so encoding and decoding are table look-ups.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +12,16 @@ import numpy as np
 import numpy.typing as npt
 
 from chargpt.errors import TokenizerError
-from chargpt.tokenizers.base import Errors, Ids, canonical_json, fingerprint_of, save_canonical, token_dtype
+from chargpt.tokenizers.base import (
+    Errors,
+    Ids,
+    canonical_json,
+    fingerprint_of,
+    require_errors,
+    require_ids,
+    save_canonical,
+    token_dtype,
+)
 
 UTF32 = np.dtype("<u4")
 CODE_POINTS = 0x110000
@@ -70,6 +79,11 @@ class CharacterTokenizer:
     def fingerprint(self) -> str:
         return fingerprint_of(self._canonical)
 
+    @cached_property
+    def token_bytes(self) -> npt.NDArray[np.int64]:
+        """Bytes of UTF-8 (V,) of each symbol."""
+        return 1 + np.sum(self._codes[:, None] >= [0x80, 0x800, 0x10000], axis=1)  # type: ignore[no-any-return]
+
     @property
     def replacement(self) -> str:
         """The symbol that errors="replace" writes for an unknown character."""
@@ -80,8 +94,7 @@ class CharacterTokenizer:
 
         Raises TokenizerError under "strict" for characters outside the vocabulary, with their positions.
         """
-        if errors not in ("strict", "replace", "skip"):
-            raise ValueError(f'errors must be "strict", "replace" or "skip", got {errors!r}')
+        require_errors(errors)
         dtype = token_dtype(self.vocab_size)
         parts = [np.empty(0, dtype)]
         for start in range(0, len(text), CHUNK):
@@ -100,22 +113,12 @@ class CharacterTokenizer:
 
     def decode(self, ids: npt.ArrayLike) -> str:
         """The text of ids (N,), of any integer dtype. Raises TokenizerError for anything else, or ids out of range."""
-        try:
-            array = np.asarray(ids)
-        except (ValueError, TypeError) as error:
-            raise TokenizerError(f"ids must be a flat list of whole numbers: {error}") from None
-        if array.size == 0:
-            return ""
-        if array.ndim != 1 or array.dtype.kind not in "iu":
-            raise TokenizerError(f"ids must be a flat list of whole numbers, got {array.ndim}-d {array.dtype}")
-        outside = (array < 0) | (array >= self.vocab_size)
-        if outside.any():
-            position = int(outside.argmax())
-            raise TokenizerError(
-                f"id {array[position]} at position {position} is outside this vocabulary, whose ids run from 0 to "
-                f"{self.vocab_size - 1}; decode with the tokenizer that made the ids"
-            )
+        array = require_ids(ids, self.vocab_size)
         return str(self._codes[array], "utf-32-le")
+
+    def decoder(self) -> Callable[[npt.ArrayLike], str]:
+        """`decode` itself: every id is a whole character."""
+        return self.decode
 
     def save(self, path: Path) -> None:
         """Write the JSON that `load_tokenizer` reads, atomically."""
@@ -147,3 +150,6 @@ class CharacterTokenizer:
 def _code_points(text: str) -> npt.NDArray[np.uint32]:
     """The code points (N,) of a text; surrogates pass, to be refused later with their names."""
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=UTF32)
+
+
+build, from_content = CharacterTokenizer, CharacterTokenizer.from_content

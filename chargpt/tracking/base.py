@@ -40,10 +40,6 @@ class Point:
 
 class Tracker(Protocol):
     @property
-    def run_id(self) -> str | None:
-        """The id to keep in checkpoints and give back to `open_tracker`."""
-
-    @property
     def url(self) -> str | None:
         """Where to look at the run, if a server shows it."""
 
@@ -58,19 +54,17 @@ class Tracker(Protocol):
         self,
         status: RunStatus,
         summary: dict[str, float] | None = None,
+        tags: dict[str, str] | None = None,
         artifacts: Sequence[Path] = (),
         model: Path | None = None,
     ) -> None:
-        """End the run with final numbers, files (folders keep their name) and the model's checkpoint folder."""
+        """End the run with final numbers and tags, files (folders keep their name) and the model's checkpoint."""
 
 
 class NullTracker:
-    """Tracks nothing, but keeps the run id, so that a later resume with tracking on finds its run."""
+    """Tracks nothing."""
 
     url: str | None = None
-
-    def __init__(self, run_id: str | None = None) -> None:
-        self.run_id = run_id
 
     def log(self, history: Sequence[Point]) -> None:
         pass
@@ -79,6 +73,7 @@ class NullTracker:
         self,
         status: RunStatus,
         summary: dict[str, float] | None = None,
+        tags: dict[str, str] | None = None,
         artifacts: Sequence[Path] = (),
         model: Path | None = None,
     ) -> None:

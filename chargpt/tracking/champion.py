@@ -15,9 +15,9 @@ REGISTERED_MODEL, CHAMPION = "chargpt", "champion"  # mlflow.pyfunc.load_model("
 def register_champion(config: TrackingConfig, rows: Sequence[Mapping[str, Any]]) -> str | None:
     """Register the model of the best of `rows` that the store has, unless the champion is as good; a line that says so.
 
-    `rows`: the metrics of finished runs, as `training.train` returns them. A champion with a `val_full` at most as high
-    on the same split stays, so that a comparison of worse experiments does not replace it. Never raises: a store that
-    fails costs one warning. None where nothing changed, tracking is off, or there is no store yet.
+    `rows`: the metrics of finished runs, as `experiment.train` returns them. A champion with a `val_full` at most as
+    high on the same split stays, so that a comparison of worse experiments does not replace it. Never raises: a store
+    that fails costs one warning. None where nothing changed, tracking is off, or there is no store yet.
     """
     store = store_uri(config)
     path = sqlite_path(store)
@@ -70,14 +70,17 @@ def _register_champion(store: str, experiment_name: str, rows: Sequence[Mapping[
 def _run_behind(client: Any, experiment_id: str, row: Mapping[str, Any]) -> Any:
     """The newest finished run with a model that ended with the numbers of `row`, or None.
 
-    Loss and seconds identify it: no run id lies in DVC's outputs, where it would make equal results differ.
+    Its weights identify it: no run id lies in DVC's outputs, where it would make equal results differ.
     """
-    tags = f"tags.variant = '{row['variant']}' and tags.seed = '{row['seed']}'"
+    tags = " and ".join(f"tags.{key} = '{row[key]}'" for key in ("variant", "seed", "weights_sha256"))
     runs = client.search_runs(
         [experiment_id], f"{tags} and attributes.status = 'FINISHED'", order_by=["attributes.start_time DESC"]
     )
     for run in runs:
-        same = all(run.data.metrics.get(key) == row[key] for key in ("val_full", "seconds"))
-        if same and run.outputs is not None and run.outputs.model_outputs:
+        if (
+            run.data.metrics.get("val_full") == row["val_full"]
+            and run.outputs is not None
+            and run.outputs.model_outputs
+        ):
             return run
     return None

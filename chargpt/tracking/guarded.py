@@ -4,29 +4,57 @@ The store never decides over the training: the first failure prints one warning,
 the run.
 """
 
+import contextlib
+import json
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from chargpt.config import TrackingConfig
+from chargpt.files import replaced_file, sweep
 from chargpt.tracking.base import NullTracker, Point, RunDescription, RunStatus, Tracker
 from chargpt.tracking.mlflow import MlflowTracker
 from chargpt.tracking.store import warn_off
+from chargpt.tracking.timing import Timing
+from chargpt.training import Event, Saved, Subscriber
+
+RUN_ID = "mlflow.json"  # in a run's folder: the id of its run in the store
 
 
-def open_tracker(config: TrackingConfig, run: RunDescription, run_id: str | None = None) -> Tracker:
-    """Start a run, or go on with the run `run_id` of a checkpoint. Never raises for a store that fails.
+def open_tracker(config: TrackingConfig, run: RunDescription, folder: Path, resumed: bool) -> Tracker:
+    """Start a run, or go on with the one that RUN_ID in the folder of a resumed run names.
 
-    A run that the store no longer has starts anew, and its first `log` stores the whole history.
+    Never raises for a store that fails. A run that the store no longer has starts anew, and its
+    first `log` stores the whole history.
     """
     if not config.enabled:
-        return NullTracker(run_id)
+        return NullTracker()
     try:
         with warnings.catch_warnings(action="ignore"):
-            return Guarded(MlflowTracker(config, run, run_id))
+            sweep(folder / RUN_ID)
+            tracker = MlflowTracker(config, run, _known_run_id(folder / RUN_ID) if resumed else None)
+            with replaced_file(folder / RUN_ID) as file:
+                file.write(json.dumps({"run_id": tracker.run_id}).encode() + b"\n")
+            return Guarded(tracker)
     except Exception as error:  # whatever a broken store, network or installation raises
         warn_off("cannot start the run", config, error)
-        return NullTracker(run_id)
+        return NullTracker()
+
+
+def listening(tracker: Tracker, timing: Timing) -> Subscriber:
+    """What gives `tracker` the curve after each checkpoint of a trainer, with the times that `timing` knows."""
+
+    def listen(event: Event) -> None:
+        if isinstance(event, Saved):
+            tracker.log(timing.stamped(event.history))
+
+    return listen
+
+
+def _known_run_id(path: Path) -> str | None:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return str(json.loads(path.read_bytes())["run_id"])
+    return None
 
 
 class Guarded:
@@ -35,7 +63,6 @@ class Guarded:
     def __init__(self, inner: "MlflowTracker") -> None:
         self._inner: MlflowTracker | None = inner
         self._config = inner.config
-        self.run_id: str | None = inner.run_id
         self.url = inner.url
 
     def log(self, history: Sequence[Point]) -> None:
@@ -45,10 +72,13 @@ class Guarded:
         self,
         status: RunStatus,
         summary: dict[str, float] | None = None,
+        tags: dict[str, str] | None = None,
         artifacts: Sequence[Path] = (),
         model: Path | None = None,
     ) -> None:
-        self._attempt("cannot finish the run", lambda inner: inner.finish(status, summary or {}, artifacts, model))
+        self._attempt(
+            "cannot finish the run", lambda inner: inner.finish(status, summary or {}, tags or {}, artifacts, model)
+        )
 
     def _attempt(self, failure: str, action: Callable[["MlflowTracker"], None]) -> None:
         if self._inner is None:

@@ -77,7 +77,12 @@ class MlflowTracker:
             self._last_step |= {metric.key: metric.step for metric in batch}
 
     def finish(
-        self, status: RunStatus, summary: dict[str, float], artifacts: Sequence[Path], model: Path | None
+        self,
+        status: RunStatus,
+        summary: dict[str, float],
+        tags: dict[str, str],
+        artifacts: Sequence[Path],
+        model: Path | None,
     ) -> None:
         check_sqlite(self._store)
         if self._monitor is not None:
@@ -85,6 +90,7 @@ class MlflowTracker:
         last_step = max(self._last_step.values(), default=0)
         try:
             self.log([Point(last_step, time.time(), summary)])
+            self._log_tags(tags)
             for path in artifacts:
                 if path.is_dir():
                     self._client.log_artifacts(self.run_id, str(path), path.name)

@@ -5,40 +5,49 @@ import itertools
 import re
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 
-from chargpt.console import duration
 from chargpt.data import require_size
 from chargpt.errors import TrainingError
 from chargpt.evaluation import TOKENS_PER_PASS, full_loss
 from chargpt.models import parameter_count
-from chargpt.planner import WHAT_TO_LOWER, Speed
 from chargpt.runtime import Runtime, resolve_runtime
+from chargpt.training.memory import WHAT_TO_LOWER
 from chargpt.training.state import Run, State, new_state
 from chargpt.training.steps import backward, training_step
+from chargpt.training.trainer import Trainer
 
-# ----------------------------------------------------------------------------------------------------- before and after
+
+@dataclass(frozen=True)
+class Speed:
+    """Tokens per second under one config on this machine."""
+
+    training: float
+    evaluation: float
 
 
-def estimate(state: State, run: Run, runtime: Runtime) -> str:
-    """Parameters, memory and duration in one line, from a trial pass that leaves the state as it was."""
-    config = run.config
+@dataclass(frozen=True)
+class Estimate:
+    """What the rest of a run will take."""
+
+    parameters: int
+    memory: int  # bytes
+    seconds: float  # of training alone, without evaluations
+
+
+def estimate(trainer: Trainer) -> Estimate:
+    """Parameters, memory and time, from a trial pass that leaves the state as it was."""
+    state, config = trainer.state, trainer.run.config
     parameters = parameter_count(state.model)
-    activations, seconds = _trial(state, run, runtime)
+    activations, seconds = _trial(state, trainer.run, trainer.runtime)
     numbers = parameters * (2 + (state.average is not None))  # weights, gradients, average
     for optimizer in state.optimizers:  # Muon keeps one momentum for each weight, AdamW two
         managed = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
         numbers += managed * (1 if isinstance(optimizer, torch.optim.Muon) else 2)
-    if config.max_steps is not None:
-        training = seconds * config.gradient_accumulation_steps * (config.max_steps - state.step)
-    else:
-        assert config.max_seconds is not None
-        training = config.max_seconds - state.seconds
-    return (
-        f"{parameters:,} parameters, about {(4 * numbers + activations) / 2**20:,.0f} MiB of memory, "
-        f"about {duration(training)} of training"
-    )
+    passes = config.gradient_accumulation_steps * (config.max_steps - state.step)
+    return Estimate(parameters, 4 * numbers + activations, seconds * passes)
 
 
 def measure_speed(run: Run, seconds: float = 1.0) -> Speed:

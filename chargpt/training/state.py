@@ -20,11 +20,11 @@ from chargpt.config import (
     flatten,
     require_seed,
 )
-from chargpt.data import BatchSource, EpochBatches, RandomBatches, Splits
+from chargpt.data import BatchSource, Splits, build_batches
 from chargpt.models import LanguageModel, Model, build_model
 from chargpt.runtime import Runtime
-from chargpt.tracking import Point
 from chargpt.training.distillation import load_teachers
+from chargpt.training.events import Point
 from chargpt.training.optim import build_optimizers
 
 
@@ -71,12 +71,9 @@ class State:
     batches: BatchSource
     teacher: LanguageModel | None = None
     step: int = 0  # optimizer steps done
-    seconds: float = 0.0  # spent in them
     history: list[Point] = field(default_factory=list)
     losses: list[torch.Tensor] = field(default_factory=list)  # () each, of the steps since the last point of the curve
-    seconds_logged: float = 0.0  # `seconds` at that point
     best: tuple[int, float] | None = None  # step and validation loss
-    run_id: str | None = None
 
     @property
     def delivered(self) -> Model:
@@ -101,11 +98,11 @@ def new_state(run: Run, runtime: Runtime) -> State:
     average = None
     if config.ema_decay is not None:
         average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))  # type: ignore[no-untyped-call]
-    source = EpochBatches if config.sampling == "epoch" else RandomBatches
-    batches = source(run.splits.train, config.batch_size, config.model.block_size, stream_seed(run.seed, "batches"))
+    block_size, seed = config.model.block_size, stream_seed(run.seed, "batches")
+    batches = build_batches(config.order, run.splits.train, config.batch_size, block_size, seed)
     teacher = None
     if run.teachers:
-        teacher = load_teachers(run.teachers, run.splits, config.model.block_size, runtime.device, config.kernels)
+        teacher = load_teachers(run.teachers, run.splits, block_size, runtime.device, config.kernels)
     return State(model, build_optimizers(model, config.optimizer), average, batches, teacher)
 
 

@@ -14,8 +14,8 @@ from chargpt.config import (
 from chargpt.data import BatchSource
 from chargpt.models import LanguageModel
 from chargpt.runtime import Runtime
-from chargpt.tracking import Point
 from chargpt.training.distillation import distillation_loss
+from chargpt.training.events import Point
 from chargpt.training.optim import learning_rate_scale
 from chargpt.training.state import State
 
@@ -71,13 +71,6 @@ def backward(
     return typing.cast(torch.Tensor, loss.detach())
 
 
-def spent(state: State, config: TrainConfig) -> bool:
-    if config.max_steps is not None:
-        return state.step >= config.max_steps
-    assert config.max_seconds is not None
-    return state.seconds >= config.max_seconds
-
-
 def patience_lost(state: State, config: TrainConfig) -> bool:
     """Whether the last `patience` evaluations found nothing better: of the saved state alone, for an exact resume."""
     if config.patience is None or state.best is None:
@@ -108,11 +101,8 @@ def overfits(history: Sequence[Point]) -> bool:
     return bool(found) and found[-1] and not any(found[:-1])
 
 
-def current_learning_rate_scale(state: State, config: TrainConfig) -> float:
-    if config.max_steps is not None:
-        warmup = min(config.schedule.warmup_steps, config.max_steps - 1)
-        progress = (state.step - warmup) / (config.max_steps - warmup)
-    else:
-        assert config.max_seconds is not None
-        progress = state.seconds / config.max_seconds
-    return learning_rate_scale(config.schedule, state.step, min(max(progress, 0.0), 1.0))
+def current_learning_rate_scale(step: int, config: TrainConfig) -> float:
+    """The factor on the peak learning rate for the step after `step` done ones."""
+    warmup = min(config.schedule.warmup_steps, config.max_steps - 1)
+    progress = (step - warmup) / (config.max_steps - warmup)
+    return learning_rate_scale(config.schedule, step, min(max(progress, 0.0), 1.0))

@@ -53,7 +53,7 @@ def test_the_repositorys_params_parse_and_hold_nanogpts_published_cpu_configurat
     assert set(params.ablation.variants) <= params.variants.keys()
     published = params.variants["nanogpt-cpu"]
     # nanoGPT samples with replacement; fp32 without compilation is what the CPU run of its README amounts to.
-    assert published == dataclasses.replace(TrainConfig(), sampling="random", precision="fp32", compile="never")
+    assert published == dataclasses.replace(TrainConfig(), order="random", precision="fp32", compile="never")
     assert isinstance(published.model, TransformerConfig)
     assert (published.model.n_layer, published.model.n_head, published.model.n_embd) == (4, 4, 128)
     assert (published.model.block_size, published.batch_size, published.max_steps) == (64, 12, 2000)
@@ -101,7 +101,7 @@ def test_a_plain_dict_and_the_dataclass_are_the_same_thing() -> None:
             ["variants.a.model.bias must be true or false, got 1"],
         ),
         (with_variant(device=0), ["variants.a.device must be a text, got 0"]),
-        (with_variant(sampling="epochs"), ["variants.a.sampling must be one of epoch, random, got 'epochs'"]),
+        (with_variant(order="epochs"), ["variants.a.order must be one of epoch, random, got 'epochs'"]),
         (with_variant(precision=["fp32"]), ["variants.a.precision must be one of auto, fp32, bf16"]),
         (with_variant(model={"kind": "gpt"}), ["variants.a.model.kind must be one of bigram, transformer, got 'gpt'"]),
         (with_variant(model={"kind": "biggram"}), ["variants.a.model.kind", "did you mean bigram?"]),

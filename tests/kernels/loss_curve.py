@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from chargpt.config import TrainConfig, TransformerConfig
-from chargpt.data import RandomBatches
+from chargpt.data import build_batches
 from chargpt.models import build_model
 from chargpt.models.transformer import Transformer
 from chargpt.runtime import resolve_runtime
@@ -28,7 +28,7 @@ def training_losses(kernels: str, device: str = "cpu") -> torch.Tensor:
     model = small_model(kernels, device)
     config = TrainConfig(model=model.config, batch_size=4, precision="fp32", kernels=kernels, device=device)
     tokens = np.tile(np.random.default_rng(1).integers(VOCABULARY, size=200, dtype=np.uint8), 20)
-    batches = RandomBatches(tokens, config.batch_size, model.config.block_size, seed=2)
+    batches = build_batches("random", tokens, config.batch_size, model.config.block_size, seed=2)
     optimizers, runtime = build_optimizers(model, config.optimizer), resolve_runtime(config)
     with torch.random.fork_rng():
         torch.manual_seed(3)  # dropout
