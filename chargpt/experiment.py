@@ -16,6 +16,7 @@ import yaml
 from chargpt import checkpoint
 from chargpt.config import EvaluationConfig, SampleConfig, TrackingConfig, flatten
 from chargpt.console import Console, duration, say
+from chargpt.data import require_size
 from chargpt.errors import RunInterruptedError, TrainingError
 from chargpt.evaluation import PROTOCOLS, bits_per_byte, evaluate
 from chargpt.files import replaced_file, sweep
@@ -44,6 +45,7 @@ def train(
     checkpoint is damaged, or of another config), RunInterruptedError (SIGINT or SIGTERM, with everything saved),
     CorpusError (too few tokens).
     """
+    require_size(run.splits, run.config.model.block_size)
     with memory_errors(run), checkpoint.locked(run.folder), Interrupts(_announce) as interrupts:
         require_unfinished(run.folder)
         checkpoint.remove_unreferenced(run.folder)

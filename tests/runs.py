@@ -6,6 +6,7 @@ A moment is a training step or an operation on a file below the run's folder, so
 
 import contextlib
 import errno
+import hashlib
 import multiprocessing
 import os
 import random
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from chargpt import training
+from chargpt import experiment
 from chargpt.checkpoint import read_description
 from chargpt.config import (
     EvaluationConfig,
@@ -99,7 +100,7 @@ def train(
 ) -> dict[str, Any]:
     with one_thread():
         run = make_run(folder, config, text, seed, teachers)
-        return training.train(run, EVALUATION, TrackingConfig(enabled=False))
+        return experiment.train(run, EVALUATION, TrackingConfig(enabled=False))
 
 
 @contextlib.contextmanager
@@ -115,7 +116,9 @@ def one_thread() -> Iterator[None]:
 
 def result(folder: Path) -> dict[str, Any]:
     """All that a run ends with, except times: equal for two runs exactly when they ended with the same bits."""
-    found: dict[str, Any] = {"sample": (folder / "sample.txt").read_text(encoding="utf-8")}
+    found: dict[str, Any] = {
+        name: (folder / name).read_bytes() for name in ("sample.txt", "curve.csv", "metrics.json", "config.yaml")
+    }
     for name in ("best", "last"):
         found[name, "model"] = (folder / name / "model.safetensors").read_bytes()
         found[name, "state"] = (folder / name / "state.safetensors").read_bytes()
@@ -125,12 +128,12 @@ def result(folder: Path) -> dict[str, Any]:
 
 
 def curve(checkpoint: Path) -> list[tuple[int, dict[str, float]]]:
-    """The history of a checkpoint without its times."""
-    timed = ("train/seconds", "val/seconds", "perf/tokens_per_second")
-    return [
-        (step, {name: value for name, value in metrics.items() if name not in timed})
-        for step, _, metrics in read_description(checkpoint)["training"]["history"]
-    ]
+    """The history of a checkpoint."""
+    return [(step, metrics) for step, metrics in read_description(checkpoint)["training"]["history"]]
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def weights(folder: Path, name: str = "last") -> dict[str, torch.Tensor]:
@@ -204,27 +207,31 @@ def disk_full(first: int) -> Callable[[int, str], None]:
 class FakeTracker:
     """What a tracker was told."""
 
-    run_id, url = "a-run", None
+    url = None
 
     def __init__(self) -> None:
         self.histories: list[list[int]] = []  # steps
         self.finished: list[str] = []
         self.model: dict[str, bytes] = {}  # files of the model that was handed over
         self.summary: dict[str, float] = {}
+        self.tags: dict[str, str] = {}
         self.artifacts: list[str] = []
+        self.points: list[Point] = []
 
     def log(self, history: Sequence[Point]) -> None:
+        self.points = list(history)
         self.histories.append([point.step for point in history])
 
     def finish(
         self,
         status: str,
         summary: dict[str, float] | None = None,
+        tags: dict[str, str] | None = None,
         artifacts: Sequence[Path] = (),
         model: Path | None = None,
     ) -> None:
         self.finished.append(status)
-        self.summary = summary or {}
+        self.summary, self.tags = summary or {}, tags or {}
         self.artifacts = [path.name for path in artifacts if path.exists()]
         self.model = {path.name: path.read_bytes() for path in model.iterdir()} if model else {}
 
@@ -232,7 +239,7 @@ class FakeTracker:
 # ------------------------------------------------------------------------------------------------------------ processes
 
 _processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["chargpt.training", "pytest"])
+_processes.set_forkserver_preload(["chargpt.experiment", "pytest"])
 
 
 def in_process(folder: Path, config: TrainConfig, kill_at: int | None = None) -> int:

@@ -19,19 +19,19 @@ from safetensors.torch import load_file
 from torch import nn
 
 import runs
-from chargpt import training
+from chargpt import experiment, training
 from chargpt.checkpoint import load_model, load_state
 from chargpt.config import TrackingConfig, TrainConfig, override
-from chargpt.console import Progress, duration
+from chargpt.console import Console, duration
 from chargpt.data import Tokens
 from chargpt.errors import CheckpointError, ConfigError, CorpusError, RunInterruptedError, TrainingError
 from chargpt.evaluation import full_loss
 from chargpt.models import Model, build_model
 from chargpt.runtime import resolve_runtime
-from chargpt.tracking import Point
-from chargpt.training import trainer
+from chargpt.tracking import Timing, read_timing
+from chargpt.training import Ended, Evaluated, Event, Point, Saved, Saving, Started, Stepped, Trainer, trainer
 from chargpt.training.optim import build_optimizers
-from chargpt.training.state import new_state, state_tensors
+from chargpt.training.state import state_tensors
 
 DROPOUT_EMA = override(runs.TRANSFORMER, ["ema_decay=0.9"])
 
@@ -39,7 +39,7 @@ DROPOUT_EMA = override(runs.TRANSFORMER, ["ema_decay=0.9"])
 @pytest.fixture
 def tracker(monkeypatch: pytest.MonkeyPatch) -> runs.FakeTracker:
     fake = runs.FakeTracker()
-    monkeypatch.setattr(trainer, "open_tracker", lambda config, run, run_id: fake)
+    monkeypatch.setattr(experiment, "open_tracker", lambda *_: fake)
     return fake
 
 
@@ -57,22 +57,21 @@ def test_evaluating_or_logging_more_often_leaves_the_same_bits(config: TrainConf
 
 
 @pytest.mark.parametrize("case", runs.CASES)
-def test_the_estimate_is_shown_and_leaves_the_state_as_it_was(case: str, tmp_path: Path) -> None:
-    run = runs.make_run(tmp_path, runs.CASES[case])
-    runtime = resolve_runtime(run.config)
-    state = new_state(run, runtime)
+def test_the_estimate_leaves_the_state_as_it_was(case: str, tmp_path: Path) -> None:
+    made = Trainer(runs.make_run(tmp_path, runs.CASES[case]))
+    state = made.state
     before = {name: tensor.clone() for name, tensor in state_tensors(state).items()}
     weights = {name: tensor.clone() for name, tensor in state.model.state_dict().items()}
-    line = training.estimate(state, run, runtime)
-    parameters = sum(parameter.numel() for parameter in state.model.parameters())
-    assert re.fullmatch(rf"{parameters:,} parameters, about \d+ MiB of memory, about .* of training", line)
+    expected = training.estimate(made)
+    assert expected.parameters == sum(parameter.numel() for parameter in state.model.parameters())
+    assert expected.memory > 4 * expected.parameters
+    assert 0 < expected.seconds < 60
     after = state_tensors(state)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert all(torch.equal(weights[name], tensor) for name, tensor in state.model.state_dict().items())
     assert all(parameter.grad is None for parameter in state.model.parameters())
     assert state.step == 0
-    assert state.seconds == 0
 
 
 def test_training_prints_each_choice_the_estimate_and_a_line_for_each_evaluation(
@@ -161,21 +160,18 @@ def test_a_finished_run_is_refused_and_stays_as_it_is(tmp_path: Path) -> None:
 
 
 def test_a_run_stopped_before_its_first_checkpoint_can_be_started_on_another_text(tmp_path: Path) -> None:
-    """The data beside the run must then be the other text's."""
     folder, other = tmp_path / "run", runs.words(seed=5)
 
     def at_first_checkpoint(number: int, what: str) -> None:
-        if what == "os.rename" and not (folder / "last").exists() and (folder / "data").exists():
+        if what == "os.rename" and not (folder / "last").exists() and (folder / "config.yaml").exists():
             raise KeyboardInterrupt
 
     with runs.Moments(folder, at_first_checkpoint), pytest.raises(KeyboardInterrupt):
         runs.train(folder)
-    assert (folder / "data").exists()
     assert not (folder / "last").exists()
     runs.train(folder, text=other)
     runs.train(tmp_path / "fresh", text=other)
-    for name in ("train.npy", "val.npy"):
-        assert (folder / "data" / name).read_bytes() == (tmp_path / "fresh" / "data" / name).read_bytes()
+    assert runs.result(folder) == runs.result(tmp_path / "fresh")
 
 
 def test_a_text_too_small_is_refused_before_anything_is_written(tmp_path: Path) -> None:
@@ -290,7 +286,6 @@ def test_a_run_that_overfits_stops_at_patience_warns_once_and_delivers_its_best(
     history = runs.curve(tmp_path / "run" / "last")
     losses = [(step, point["val/loss"]) for step, point in history if "val/loss" in point]
     best = min(losses, key=lambda pair: pair[1])[0]
-    assert config.max_steps is not None
     assert config.patience is not None
     assert metrics["best_step"] == best < metrics["steps"] < config.max_steps
     assert [step for step, _ in losses if step > best] == [best + 2 * i for i in range(1, config.patience + 1)]
@@ -300,7 +295,7 @@ def test_a_run_that_overfits_stops_at_patience_warns_once_and_delivers_its_best(
 
 def point(step: int, train: float | None = None, val: float | None = None) -> Point:
     metrics = {"train/loss": train, "val/loss": val}
-    return Point(step, 0.0, {name: value for name, value in metrics.items() if value is not None})
+    return Point(step, {name: value for name, value in metrics.items() if value is not None})
 
 
 @pytest.mark.parametrize(
@@ -338,7 +333,7 @@ def test_evaluations_while_training_score_the_first_tokens_and_the_result_all_of
 
     monkeypatch.setattr(trainer, "full_loss", scored)
     run = runs.make_run(tmp_path / "run", override(runs.BIGRAM, ["eval_tokens=50"]))
-    metrics = training.train(run, runs.EVALUATION, TrackingConfig(enabled=False))
+    metrics = experiment.train(run, runs.EVALUATION, TrackingConfig(enabled=False))
     assert set(lengths) == {51}
     model, _ = load_model(tmp_path / "run" / "best")
     assert metrics["val_full"] == pytest.approx(full_loss(model, run.splits.val_with_context), rel=1e-5)
@@ -426,7 +421,7 @@ def test_a_signal_in_the_last_step_stops_before_the_final_evaluation(tmp_path: P
 
 @pytest.mark.parametrize(
     "where",
-    ["results.evaluate", "results.generate_text", "trainer.estimate", "trainer.write_splits", "state.build_model"],
+    ["experiment.evaluate", "experiment.generate_text", "experiment.estimate", "training.state.build_model"],
 )
 def test_ctrl_c_outside_the_steps_stops_at_once_and_the_same_command_finishes(
     where: str, tmp_path: Path, tracker: runs.FakeTracker, monkeypatch: pytest.MonkeyPatch
@@ -438,10 +433,10 @@ def test_ctrl_c_outside_the_steps_stops_at_once_and_the_same_command_finishes(
             signal.raise_signal(signal.SIGTERM)
             raise AssertionError("the signal did not stop it")
 
-        patched.setattr(f"chargpt.training.{where}", stop)
+        patched.setattr(f"chargpt.{where}", stop)
         with pytest.raises(KeyboardInterrupt, match="SIGTERM"):
             runs.train(folder)
-    assert tracker.finished == (["KILLED"] if where.startswith("results.") else [])
+    assert tracker.finished == (["KILLED"] if where in ("experiment.evaluate", "experiment.generate_text") else [])
     assert not (folder / "metrics.json").exists()
     runs.train(folder)
     runs.train(tmp_path / "whole")
@@ -455,7 +450,7 @@ def test_a_signal_while_the_tracker_opens_leaves_no_run_open(tmp_path: Path, mon
         signal.raise_signal(signal.SIGINT)
         return fake
 
-    monkeypatch.setattr(trainer, "open_tracker", slow_open)
+    monkeypatch.setattr(experiment, "open_tracker", slow_open)
     with pytest.raises(RunInterruptedError):
         runs.train(tmp_path / "run")
     assert fake.finished == ["KILLED"]
@@ -666,34 +661,89 @@ def test_metrics_and_curve_are_plausible_over_several_resumes(tmp_path: Path) ->
     assert metrics == json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     assert metrics["steps"] == 20
     assert metrics["tokens"] == 20 * 4 * 8
-    assert metrics["seconds"] > 0
-    assert metrics["tokens_per_second"] == pytest.approx(metrics["tokens"] / metrics["seconds"], rel=0.1)
     assert metrics["parameters"] == 19 * 19
     header, *rows = (folder / "curve.csv").read_text(encoding="utf-8").splitlines()
-    assert header == "step,tokens,seconds,train_loss,val_loss,learning_rate"
+    assert header == "step,tokens,train_loss,val_loss,learning_rate"
     table = [row.split(",") for row in rows]
     assert [int(row[0]) for row in table] == [0, 4, 6, 8, 12, 16, 18, 20]
-    seconds = [float(row[2]) for row in table if row[2]]
-    assert seconds == sorted(seconds)
-    assert len(set(seconds)) == len(seconds) == 7
-    history = load_state(folder / "last")[2]["history"]
-    speeds = [point[2]["perf/tokens_per_second"] for point in history if "perf/tokens_per_second" in point[2]]
-    assert all(0 < speed < 1e8 for speed in speeds)
-    times = [point[1] for point in history]
-    assert times == sorted(times)
+    moments = read_timing(folder / "timing.csv")
+    assert list(moments) == [0, 1, 3, 4, 6, 8, 11, 12, 16, 18, 20]  # of the curve, and of each stop
+    for of in (lambda moment: moment.seconds, lambda moment: moment.time):
+        values = [of(moment) for moment in moments.values()]
+        assert values == sorted(values)
+        assert len(set(values[1:])) == 10
 
 
-def test_a_budget_in_seconds_ends_and_goes_on_where_it_was(tmp_path: Path) -> None:
-    config = override(runs.BIGRAM, ["max_steps=null", "max_seconds=0.2", "eval_interval=1000"])
+def test_the_tracker_gets_times_and_speeds_that_no_checkpoint_has(tmp_path: Path, tracker: runs.FakeTracker) -> None:
     folder = tmp_path / "run"
-    with runs.signals_at(folder, {5: [signal.SIGINT]}), pytest.raises(RunInterruptedError):
-        runs.train(folder, config)
-    before = load_state(folder / "last")[2]["seconds"]
-    metrics = runs.train(folder, config)
-    assert before < 0.2 <= metrics["seconds"]
-    assert metrics["steps"] > 5
-    rates = [m["train/learning_rate"] for _, m in runs.curve(folder / "last") if "train/learning_rate" in m]
-    assert rates[-1] < max(rates)  # the schedule came down with the seconds
+    interrupted(folder)
+    runs.train(folder)
+    assert [point.step for point in tracker.points] == [0, 4, 6, 6, 8, 12, 12, 16, 18, 18, 20, 20]
+    seconds = [point.metrics.get("train/seconds", point.metrics.get("val/seconds")) for point in tracker.points]
+    assert seconds == sorted(seconds)
+    speeds = [point.metrics["perf/tokens_per_second"] for point in tracker.points if "train/loss" in point.metrics]
+    assert len(speeds) == 7
+    assert all(0 < speed < 1e8 for speed in speeds)
+    timed = {"train/seconds", "val/seconds", "perf/tokens_per_second"}
+    assert [
+        (point.step, {key: value for key, value in point.metrics.items() if key not in timed})
+        for point in tracker.points
+    ] == runs.curve(folder / "last")
+    assert tracker.tags == {"weights_sha256": runs.sha256(folder / "best" / "model.safetensors")}
+    assert tracker.summary["seconds"] == pytest.approx(seconds[-1], abs=1e-3)
+
+
+def test_without_its_timing_a_run_resumes_to_the_same_result(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    interrupted(folder)
+    (folder / "timing.csv").write_text("step,seconds,time\n4,not a number,3\n", encoding="utf-8")
+    runs.train(folder)
+    runs.train(tmp_path / "whole")
+    assert runs.result(folder) == runs.result(tmp_path / "whole")
+
+
+def test_two_runs_of_one_config_leave_the_same_bytes_but_for_times(tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        runs.train(tmp_path / name, DROPOUT_EMA)
+    timed = ("timing.csv", ".lock")
+    first, second = (
+        {
+            path.relative_to(tmp_path / name): path.read_bytes()
+            for path in (tmp_path / name).rglob("*")
+            if path.is_file() and path.name not in timed
+        }
+        for name in ("first", "second")
+    )
+    assert len(first) == 8
+    assert [path for path in first.keys() | second.keys() if first.get(path) != second.get(path)] == []
+
+
+# --------------------------------------------------------------------------------------------------------------- events
+
+
+def test_events_come_in_order_and_with_what_the_checkpoint_has(tmp_path: Path) -> None:
+    events: list[Event] = []
+    run = runs.make_run(tmp_path / "run")
+    run.folder.mkdir()
+    with runs.one_thread():
+        Trainer(run).train([events.append])
+    names = [type(event).__name__ for event in events]
+    assert [(type(event), event.step) for event in events[:6]] == [
+        (Started, 0),
+        (Evaluated, 0),
+        (Saving, 0),
+        (Saved, 0),
+        (Stepped, 4),
+        (Stepped, 6),
+    ]
+    assert names.count("Evaluated") == names.count("Saved") == names.count("Saving") == 5
+    assert [event.step for event in events if isinstance(event, Stepped)] == [4, 6, 8, 12, 16, 18, 20]
+    assert sum(event.tokens for event in events if isinstance(event, Stepped)) == 20 * run.config.tokens_per_step
+    last = events[-1]
+    assert isinstance(last, Ended)
+    assert (last.step, last.reason) == (20, "steps")
+    saved = [event for event in events if isinstance(event, Saved)][-1]
+    assert [(point.step, point.metrics) for point in saved.history] == runs.curve(run.folder / "last")
 
 
 def test_a_text_of_one_symbol_trains_to_a_loss_of_nothing(tmp_path: Path) -> None:
@@ -728,23 +778,25 @@ class Terminal(io.StringIO):
         return True
 
 
-@pytest.mark.parametrize("budget", [["max_steps=10"], ["max_steps=null", "max_seconds=30"]])
-def test_on_a_terminal_a_bar_shows_loss_speed_and_time_left(budget: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_terminal_a_bar_shows_loss_speed_and_time_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
-    with Progress(override(runs.BIGRAM, budget), 0, 0.0) as progress:
-        progress.report(0, 0.0, 3.5)
-        progress.bar.mininterval = 0
-        progress.update(4, 6.0, 2.345678, 1234.5)
-        progress.bar.refresh()
-        progress.report(4, 6.0, 2.5)
+    timing = Timing(tmp_path)
+    with Console(timing, bytes_per_token=2.0, patience=None, minutes=0.1) as console:
+        console(Started(0, 10))
+        console(Evaluated(0, 3.5, (0, 3.5), overfits=False))
+        console.bar.mininterval = 0
+        timing.seconds, timing.tokens_per_second = 6.0, 1234.5
+        console(Stepped(4, 128, 2.345678))
+        console.bar.refresh()
+        for step in (4, 5):
+            console(Evaluated(step, 2.5, (step, 2.5), overfits=False))
     shown = terminal.getvalue()
     assert "loss 2.3457, 1,234 tokens/s" in shown
-    assert ("40%" if budget == ["max_steps=10"] else "20%") in shown
-    assert (
-        f"step      4  val 2.5000  train 2.3457  1,234 tokens/s  {'9' if budget == ['max_steps=10'] else '24'} s left"
-        in shown
-    )
+    assert "40%" in shown
+    assert "step      4  val 2.5000 (1.803 bits/byte)  train 2.3457  1,234 tokens/s  9 s left" in shown
+    warning = "the 10 steps of this run will take about 15 s of training, not the 0.1 min that were asked for"
+    assert shown.count(warning) == shown.count("asked for") == 1
 
 
 @pytest.mark.parametrize(
