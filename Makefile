@@ -27,6 +27,7 @@ $(READY): constraints.txt pyproject.toml setup.py $(wildcard csrc/* csrc/*/*)
 	@touch $@
 
 repro: $(READY)  ## run the pipeline: download, tokenize, split, train, sample, compare
+	@$(BIN)/python -m pipelines.tools.expected
 	$(BIN)/dvc repro
 	@$(BIN)/python -m pipelines.tools.summary
 

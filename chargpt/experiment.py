@@ -16,7 +16,7 @@ import yaml
 from chargpt import checkpoint
 from chargpt.config import EvaluationConfig, SampleConfig, TrackingConfig, flatten
 from chargpt.console import Console, duration, say
-from chargpt.data import require_size
+from chargpt.data import keep_splits, require_size
 from chargpt.errors import RunInterruptedError, TrainingError
 from chargpt.evaluation import PROTOCOLS, bits_per_byte, evaluate
 from chargpt.files import replaced_file, sweep
@@ -34,11 +34,13 @@ def train(
     evaluation: EvaluationConfig,
     tracking: TrackingConfig,
     protocols: Sequence[str] = PROTOCOLS,
+    data: Path | None = None,
     minutes: float | None = None,
 ) -> dict[str, Any]:
     """Train until the steps or the patience are spent, going on from the folder's last checkpoint if there is one.
 
-    The best checkpoint is scored by each of `protocols`, of which `full` must be one. `minutes` of training were asked
+    The best checkpoint is scored by each of `protocols`, of which `full` must be one. The run's data goes into the
+    folder `data`, under its hash, unless it lies there; None: it has a place already. `minutes` of training were asked
     for, and a line is printed when it will be far more. Leaves in `run.folder`: best/ and
     last/ (checkpoints), config.yaml, curve.csv, timing.csv, sample.txt and metrics.json, which is also what it returns.
     Raises TrainingError (folder in use or finished, loss not finite, too little memory), CheckpointError (the last
@@ -52,6 +54,8 @@ def train(
         for name in (METRICS, CONFIG, SAMPLE):
             sweep(run.folder / name)
         trainer = Trainer(run)
+        if data is not None:
+            keep_splits(data, run.splits)
         _write_text(run.folder / CONFIG, yaml.safe_dump(dataclasses.asdict(run.config), sort_keys=False))
         _say_what_begins(trainer)
         timing = Timing(run.folder)

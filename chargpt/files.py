@@ -30,6 +30,10 @@ def replaced_file(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        if error.filename is None:  # so that a full disk is not blamed on the output
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

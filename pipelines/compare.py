@@ -12,7 +12,7 @@ from typing import Any
 from chargpt.errors import TrainingError, user_errors
 from pipelines.download import CORPUS
 from pipelines.sample import SAMPLES
-from pipelines.train import REPORTS, TIMINGS
+from pipelines.train import REPORTS, recorded_times
 
 TABLE = Path("reports/comparison.md")
 METRICS = Path("reports/comparison.json")
@@ -31,11 +31,11 @@ def main() -> None:
     params = load_params()
     seeds = params.ablation.seeds
     folders = {name: [REPORTS / f"{name}-s{seed}" for seed in seeds] for name in params.ablation.variants}
-    times = json.loads(TIMINGS.read_text(encoding="utf-8")) if TIMINGS.exists() else {}
+    times = recorded_times()
     variants = []
     for name in folders:
         settings, sample = _sample(name)
-        seconds = [{int(step): at for step, at in times.get(run.name, {}).items()} for run in folders[name]]
+        seconds = [times.get(run.name, {}) for run in folders[name]]
         variants.append(
             Variant(
                 name=name,

@@ -70,12 +70,21 @@ def record_timing(name: str, source: Path) -> None:
     TIMINGS.parent.mkdir(parents=True, exist_ok=True)
     with (TIMINGS.parent / ".timing.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # stages may run at the same time
-        known = json.loads(TIMINGS.read_text(encoding="utf-8")) if TIMINGS.exists() else {}
+        known = recorded_times()
         steps = sorted(moments)
-        kept = {steps[n * (len(steps) - 1) // MOMENTS] for n in range(MOMENTS + 1)}
+        kept = {steps[n * (len(steps) - 1) // MOMENTS] for n in range(MOMENTS + 1)} if steps else set()
         known[name] = {step: round(moments[step].seconds, 3) for step in sorted(kept)}
         with replaced_file(TIMINGS) as file:
             file.write(json.dumps(known, sort_keys=True).replace("}, ", "},\n").encode() + b"\n")
+
+
+def recorded_times() -> dict[str, dict[int, float]]:
+    """Seconds of training by step, by run, as far as TIMINGS has them."""
+    try:
+        content = json.loads(TIMINGS.read_text(encoding="utf-8"))
+        return {name: {int(step): float(at) for step, at in times.items()} for name, times in content.items()}
+    except (OSError, ValueError, AttributeError):  # times decide nothing: without them a page shows dashes
+        return {}
 
 
 if __name__ == "__main__":

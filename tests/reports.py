@@ -4,11 +4,11 @@ import math
 from datetime import UTC, datetime
 from typing import Any
 
-from chargpt.report import Provenance, Row, Variant
+from chargpt.report import CurvePoint, Provenance, Row, Variant
 
 SHA256 = "0123456789abcdef" * 4
 PROVENANCE = Provenance("shakespeare", SHA256, "c0ffee" * 6 + "beef", False, datetime(2026, 11, 25, 1, 2, tzinfo=UTC))
-Points = list[dict[str, float]]
+Points = list[CurvePoint]
 
 
 def row(variant: str, seed: int, loss: float, **more: Any) -> Row:
@@ -21,8 +21,10 @@ def row(variant: str, seed: int, loss: float, **more: Any) -> Row:
         "seconds": 70.25,
         "tokens_per_second": 21_868.4,
         "val_full": loss,
+        "bits_per_byte": loss / math.log(2),
         "val_sliding": loss - 0.01,
         "val_nanogpt": loss + 0.01,
+        "weights_sha256": SHA256,
         "kernels": "cpp",
         "device": "AMD EPYC",
         "threads": 2,
@@ -33,11 +35,11 @@ def row(variant: str, seed: int, loss: float, **more: Any) -> Row:
 
 def points(end: float, steps: int = 1000, tokens: int = 100, seconds: float = 50.0, interval: int = 100) -> Points:
     """A curve that falls from 4 to `end`, evaluated every `interval` steps, with a training loss every 10."""
-    curve: Points = [{"step": 0, "tokens": 0, "val_loss": 4.0}]
+    curve: Points = [CurvePoint(0, 0, 0.0, None, 4.0)]
     for step in range(10, steps + 1, 10):
         loss = end + (4 - end) * math.exp(-8 * step / steps)
-        point = {"step": step, "tokens": step * tokens, "seconds": seconds * step / steps, "train_loss": loss - 0.1}
-        curve.append({**point, "val_loss": loss} if step % interval == 0 else point)
+        val = loss if step % interval == 0 else None
+        curve.append(CurvePoint(step, step * tokens, seconds * step / steps, loss - 0.1, val))
     return curve
 
 

@@ -18,13 +18,13 @@ import pytest
 import yaml
 
 import runs
-from chargpt import __version__, cli, training
+from chargpt import __version__, cli, experiment
 from chargpt.config import TokenizerConfig
 from chargpt.config.presets import PRESETS
 from chargpt.data import split_tokens, write_splits
-from chargpt.planner import Speed
+from chargpt.planner import machine
 from chargpt.tokenizers import build_tokenizer
-from chargpt.training import results
+from chargpt.training import Speed
 
 TINY = [
     *("--set", "max_steps=12", "--set", "batch_size=4", "--set", "eval_interval=6", "--set", "device=cpu"),
@@ -72,15 +72,15 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 # ----------------------------------------------------------------------------------------------------------------- help
 
 
-@pytest.mark.parametrize("command", ["train", "sample", "eval", "info"])
+@pytest.mark.parametrize("command", ["train", "sample", "eval", "compare", "info"])
 def test_help_of_each_command_has_examples_that_parse(command: str, chargpt: Chargpt) -> None:
     code, out, err = chargpt(command, "--help")
     assert (code, err) == (0, "")
     examples = re.findall(rf"^  (chargpt {command}.*?)(?:  .*)?$", out.split("examples:")[1], re.M)
     assert len(examples) >= 2
     for option in re.findall(r"^  (--\S+ [A-Z].*?)(?=^  -|^\S|\Z)", out, re.M | re.S):  # those that take a value
-        given = option.split()[0] in ("--config", "--set", "--teacher", "--text")  # nothing, where they are left out
-        assert given or "(default: " in " ".join(option.split()), option
+        optional = option.split()[0] in ("--config", "--like", "--set", "--teacher", "--text", "--page")
+        assert optional or "(default: " in " ".join(option.split()), option
     for example in examples:
         cli.build_parser().parse_args(shlex.split(example)[1:])
 
@@ -93,7 +93,7 @@ def test_help_names_every_preset(chargpt: Chargpt) -> None:
 def test_help_lists_the_commands_and_version_is_the_packages(chargpt: Chargpt) -> None:
     code, out, _ = chargpt("--help")
     assert code == 0
-    assert all(f"    {command} " in out for command in ("train", "sample", "eval", "info"))
+    assert all(f"    {command} " in out for command in ("train", "sample", "eval", "compare", "info"))
     assert chargpt("--version")[:2] == (0, f"chargpt {__version__}\n")
 
 
@@ -103,8 +103,11 @@ def test_help_lists_the_commands_and_version_is_the_packages(chargpt: Chargpt) -
 def test_training_leaves_a_run_that_needs_nothing_else(trained: Path) -> None:
     run = trained / "runs" / "my"
     names = {path.name for path in run.iterdir() if not path.name.startswith((".", "step-"))}
-    files = {"config.yaml", "curve.csv", "data", "machine.json", "metrics.json", "sample.txt"}
+    files = {"config.yaml", "curve.csv", "metrics.json", "sample.txt", "timing.csv"}
     assert names == {"best", "last"} | files
+    data = json.loads((run / "best" / "checkpoint.json").read_text())["content"]["summary"]["data"]
+    assert [path.name for path in (trained / "runs" / "data").iterdir()] == [data]
+    assert sorted(path.name for path in (trained / "runs").iterdir()) == ["data", "my"]
     assert not (trained / "mlflow.db").exists()
 
 
@@ -116,12 +119,13 @@ def test_training_says_the_loss_where_it_is_and_how_to_sample(chargpt: Chargpt, 
     assert code == 0
     loss = json.loads(Path("there/it-is/metrics.json").read_text())["val_full"]
     first, meaning, *guesses, last = out.splitlines()
-    assert first.startswith(f"validation loss {loss:.4f} nats per character ({loss / math.log(2):.3f} bits) at step ")
+    bits = json.loads(Path("there/it-is/metrics.json").read_text())["bits_per_byte"]
+    assert 0.5 < bits * math.log(2) / loss < 1  # some characters are more than a byte
+    assert first.startswith(f"validation loss {loss:.4f} ({bits:.3f} bits/byte) in nats per token, at step ")
     assert first.endswith(" of 12, in there/it-is")
-    assert f" a choice among {math.exp(loss):.2f};" in meaning
-    assert [float(guess.split()[0]) for guess in guesses] == sorted(
-        map(float, re.findall(r"^  ([\d.]+) nats", out, re.M))
-    )[::-1]
+    assert f" as guessing among {math.exp(loss):.2f} equally likely tokens;" in meaning
+    values = [float(guess.split()[0]) for guess in guesses]
+    assert values == sorted(values)[::-1]
     assert len(guesses) == 3
     assert last == "sample it: chargpt sample there/it-is --stream"
     assert "MiB of memory" in err
@@ -132,38 +136,130 @@ def test_each_choice_is_told_with_its_reason_and_what_is_set_by_hand_stays(
     chargpt: Chargpt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Four passes over the text: a faster machine would be given less time.
-    monkeypatch.setattr(training, "measure_speed", lambda run: Speed(10_000, 100_000))
+    monkeypatch.setattr(machine, "measure_speed", lambda run: Speed(10_000, 100_000))
     (tmp_path / "text.txt").write_text(runs.words(4000), encoding="utf-8")
     arguments = ("--minutes", "0.02", "--set", "model.n_layer=1", "--set", "model.n_embd=32", "--set", "device=cpu")
     code, _, err = chargpt("train", "text.txt", *arguments)
     assert code == 0
     lines = err.splitlines()
-    assert "text text.txt: 4,000 characters, 19 of them different; the last 800 are for validation" in lines[0]
+    assert lines[0].startswith(
+        "text text.txt: 4,000 characters, 4,000 tokens of 19 symbols (character); the last 800 are for validation"
+    )
     assert lines[1].startswith("preset modern: the usual one for 0.02 min on a CPU")
     for knob in ("block_size 128", "eval_interval", "patience"):
         assert sum(line.startswith(f"{knob} ") for line in lines) == (knob != "block_size 128"), knob
     config = yaml.safe_load(Path("runs/text/config.yaml").read_text(encoding="utf-8"))
     assert (config["model"]["n_layer"], config["model"]["n_embd"]) == (1, 32)
-    assert (config["max_steps"], config["max_seconds"]) == (None, 1.2)
+    assert config["max_steps"] == 3  # 1.2 seconds at 10,000 tokens a second, of 4,096 in a step
     assert json.loads(Path("runs/text/metrics.json").read_text())["variant"] == "modern"
 
 
-def test_a_fitted_run_goes_on_as_it_was_fitted_though_the_machine_is_slower_now(
+def test_a_run_goes_on_with_the_steps_it_began_with_though_the_machine_is_slower_now(
     chargpt: Chargpt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "text.txt").write_text(runs.words(4000), encoding="utf-8")
-    small = ("--set", "model.n_layer=1", "--set", "model.n_embd=32", "--set", "device=cpu", "--minutes", "0.02")
-    speeds = iter([Speed(100_000, 100_000)] * 2 + [Speed(10, 10)] * 2)
+    small = ("--set", "model.n_layer=1", "--set", "model.n_embd=32", "--set", "device=cpu")
+    speeds = iter([Speed(100_000, 100_000)] * 4 + [Speed(10, 10)] * 2)
     with monkeypatch.context() as patched:
-        patched.setattr(training, "measure_speed", lambda run: next(speeds))
+        patched.setattr(machine, "measure_speed", lambda run: next(speeds))
         with monkeypatch.context() as stopping:
-            stopping.setattr(results, "evaluate", interrupt)
-            assert chargpt("train", "text.txt", *small)[0] == 2
-        code, _, err = chargpt("train", "text.txt", *small, "--set", "patience=99")
+            stopping.setattr(experiment, "evaluate", interrupt)
+            assert chargpt("train", "text.txt", *small, "--minutes", "0.02")[0] == 2
+        code, _, err = chargpt("train", "text.txt", *small, "--minutes", "0.02", "--set", "patience=99")
         assert code == 2
         assert re.findall(r"^  (\w+): .*→", err, re.M) == ["patience"]
-        assert chargpt("train", "text.txt", *small)[0] == 0
-        assert next(speeds) == Speed(10, 10)  # nothing was measured again
+        code, _, err = chargpt("train", "text.txt", "--preset", "cpu-best")
+        assert code == 2
+        assert "holds a run of modern, and --preset cpu-best asks for another" in err
+        assert chargpt("train", "text.txt", "--minutes", "500")[0] == 0  # reuses the recorded steps
+        rest = list(speeds)
+        assert Speed(10, 10) in rest  # nothing was measured again
+    assert json.loads(Path("runs/text/metrics.json").read_text())["steps"] == 29
+
+
+def test_a_config_file_with_minutes_gets_its_steps_measured(
+    chargpt: Chargpt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("chargpt.training.measure_speed", lambda run: Speed(4_000, 1))
+    (tmp_path / "text.txt").write_text(runs.words(), encoding="utf-8")
+    (tmp_path / "variant.yaml").write_text("model: {kind: bigram, block_size: 4}\nmax_steps: 3\ndevice: cpu\n")
+    assert chargpt("train", "text.txt", "--config", "variant.yaml", "--minutes", "0.01")[0] == 0
+    assert json.loads(Path("runs/text/metrics.json").read_text())["steps"] == 50  # 0.6 s, 48 tokens a step
+
+
+def test_a_run_like_another_differs_in_the_knob_alone(chargpt: Chargpt, trained: Path, tmp_path: Path) -> None:
+    shutil.copy(trained / "my.txt", tmp_path / "my.txt")
+    like = trained / "runs/my"
+    code, _, err = chargpt("train", "my.txt", "--like", like, "--set", "model.n_layer=2")
+    assert code == 0
+    assert "because of --set" not in err
+    first, second = (yaml.safe_load((run / "config.yaml").read_text()) for run in (like, Path("runs/my")))
+    assert second["model"].pop("n_layer") == 2
+    assert first["model"].pop("n_layer") == 1
+    assert first == second
+    assert chargpt("train", "my.txt", "--like", like, "--out", "same")[0] == 0
+    for name in ("metrics.json", "best/model.safetensors", "curve.csv"):
+        assert (Path("same") / name).read_bytes() == (like / name).read_bytes()
+    code, _, err = chargpt("train", "my.txt", "--like", "nothing", "--out", "other")
+    assert code == 2
+    assert "--like nothing: that is no folder of a run" in err
+    (tmp_path / "less.txt").write_text(runs.words(2900), encoding="utf-8")
+    code, _, err = chargpt("train", "less.txt", "--like", like)
+    assert code == 0
+    assert "was trained on another text, or another split of it: the losses do not compare" in err
+
+
+def test_what_the_planner_moved_because_of_a_knob_is_named(chargpt: Chargpt, tmp_path: Path) -> None:
+    (tmp_path / "my.txt").write_text(runs.words(), encoding="utf-8")
+    code, _, err = chargpt("train", "my.txt", *TINY[:8], "--set", "model.block_size=4", "--set", "model.n_embd=16")
+    assert code == 0
+    [line] = [line for line in err.splitlines() if line.startswith("because of --set")]
+    assert "patience: " in line
+    assert "eval_interval" not in line  # set by hand
+    assert line.endswith("--like RUN changes nothing else")
+
+
+@pytest.mark.parametrize("tokenizer", ["character", "byte"])
+def test_both_tokenizers_go_through_training_sampling_and_evaluation(
+    tokenizer: str, chargpt: Chargpt, tmp_path: Path
+) -> None:
+    (tmp_path / "my.txt").write_text(runs.words(), encoding="utf-8")
+    assert chargpt("train", "my.txt", "--tokenizer", tokenizer, *TINY)[0] == 0
+    metrics = json.loads(Path("runs/my/metrics.json").read_text())
+    assert metrics["parameters"] > 0
+    code, out, err = chargpt("eval", "runs/my", "--json")
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    assert found["bits_per_byte"]["full"] == pytest.approx(metrics["bits_per_byte"])
+    code, out, _ = chargpt("sample", "runs/my", "--prompt", "мир 🙂", "--max-new-tokens", "40")
+    assert code == 0
+    assert out.startswith("мир 🙂")
+    streamed = chargpt("sample", "runs/my", "--prompt", "мир 🙂", "--max-new-tokens", "40", "--stream")[1]
+    assert streamed == out
+    code, _, err = chargpt("train", "my.txt", "--tokenizer", "word", *TINY, "--out", "other")
+    assert code == 2
+    assert "kind must be one of character, byte, got 'word'" in err
+
+
+def test_runs_are_compared_in_a_table_and_on_a_page(chargpt: Chargpt, trained: Path, tmp_path: Path) -> None:
+    pytest.importorskip("jinja2", reason="the page needs chargpt[pipeline]")
+    shutil.copy(trained / "my.txt", tmp_path / "my.txt")
+    assert chargpt("train", "my.txt", "--like", trained / "runs/my", "--seed", "9", "--out", "runs/nine")[0] == 0
+    code, out, err = chargpt("compare", trained / "runs/my", "runs/nine", "--page", "there/page.html")
+    assert (code, err) == (0, "")
+    compared = (trained / "runs/my", Path("runs/nine"))
+    losses = [json.loads((run / "metrics.json").read_text())["val_full"] for run in compared]
+    assert re.findall(r"^\| (\w+) \| 1 \|", out, re.M) == ["my", "nine"]
+    assert all(f"{loss:.4f}" in out for loss in losses)
+    assert "do not compare" not in out
+    page = Path("there/page.html").read_text(encoding="utf-8")
+    assert all(f"{loss:.4f}" in page for loss in losses)
+    code, _, err = chargpt("compare", trained / "runs/my", "nothing")
+    assert code == 2
+    assert "nothing holds no finished run (no metrics.json in it)" in err
+    (tmp_path / "other.txt").write_text(runs.words(2900), encoding="utf-8")
+    assert chargpt("train", "other.txt", *TINY)[0] == 0
+    assert "do not compare" in chargpt("compare", trained / "runs/my", "runs/other")[1]
 
 
 def interrupt(*_: Any, **__: Any) -> Any:
@@ -174,7 +270,8 @@ def test_a_finished_run_is_not_trained_again(chargpt: Chargpt, trained: Path) ->
     os.chdir(trained)
     code, out, err = chargpt("train", "my.txt", *TINY)
     assert (code, out) == (2, "")
-    assert err == "chargpt: error: runs/my holds a finished run; choose another folder, or delete it to train again\n"
+    assert err.startswith("chargpt: error: runs/my holds a finished run, which stays as it is; to train longer")
+    assert "--like runs/my with --set max_steps=N" in err
 
 
 def test_the_config_of_a_variant_can_be_a_file(chargpt: Chargpt, tmp_path: Path) -> None:
@@ -227,10 +324,11 @@ def test_eval_gives_the_numbers_of_the_run(chargpt: Chargpt, trained: Path) -> N
     code, out, err = chargpt("eval", trained / "runs/my", "--json")
     assert (code, err) == (0, "")
     losses = json.loads(out)
-    assert losses.keys() == {"full", "sliding", "nanogpt"}
+    assert losses.keys() == {"full", "sliding", "nanogpt", "bits_per_byte"}
     assert losses["full"] == metrics["val_full"]
     _, out, _ = chargpt("eval", trained / "runs/my/last", "--protocol", "full")
-    assert out == f"full     {metrics['val_full_last']:.4f} nats per token\n"
+    assert out.startswith(f"full     {metrics['val_full_last']:.4f} nats per token, ")
+    assert out.endswith(" bits per byte\n")
 
 
 def test_several_runs_are_evaluated_and_sampled_together(chargpt: Chargpt, trained: Path, tmp_path: Path) -> None:
@@ -254,14 +352,15 @@ def test_runs_on_different_splits_are_scored_together_on_named_data_only(
         code, out, err = chargpt("eval", *runs_in_order)
         assert (code, out) == (2, "")
         assert f"{runs_in_order[1]} was trained on another text, another split" in err
-    assert chargpt("eval", trained / "runs/my", "runs/my", "--data", "runs/my/data")[0] == 0
+    [data] = Path("runs/data").iterdir()
+    assert chargpt("eval", trained / "runs/my", "runs/my", "--data", data)[0] == 0
 
 
 def test_a_student_is_trained_and_says_from_whom_it_learns(chargpt: Chargpt, trained: Path, tmp_path: Path) -> None:
     shutil.copy(trained / "my.txt", tmp_path / "my.txt")
     teacher = trained / "runs/my"
     code, _, err = chargpt("train", "my.txt", *TINY, "--out", "student", "--teacher", teacher)
-    assert code == 0
+    assert code == 0, err
     assert f"learning what {teacher} predict\n" in err
     code, _, err = chargpt("train", "my.txt", *TINY, "--out", "other", "--teacher", teacher, "nothing")
     assert code == 2
@@ -285,6 +384,8 @@ def test_eval_scores_another_text_in_the_same_symbols(chargpt: Chargpt, trained:
     code, out, err = chargpt("eval", trained / "runs/my", "--text", "random.txt")
     assert (code, out) == (2, "")
     assert "'z'" in err
+    assert "--unknown" in err
+    assert chargpt("eval", trained / "runs/my", "--text", "random.txt", "--unknown", "replace")[0] == 0
 
 
 def test_eval_refuses_the_data_of_another_tokenizer(chargpt: Chargpt, trained: Path, tmp_path: Path) -> None:
@@ -299,8 +400,16 @@ def test_eval_of_a_checkpoint_without_data_says_what_to_give(chargpt: Chargpt, t
     shutil.copytree(trained / "runs/my/best", tmp_path / "alone")
     code, _, err = chargpt("eval", "alone")
     assert code == 2
+    data = json.loads(Path("alone/checkpoint.json").read_text())["content"]["summary"]["data"]
+    assert data in err
     assert "--data" in err
     assert "--text" in err
+    expected = chargpt("eval", trained / "runs/my/best")[1]
+    assert chargpt("eval", "alone", "--data", trained / "my.txt")[1] == expected  # the text again
+    (tmp_path / "other.txt").write_text(runs.words(seed=4), encoding="utf-8")
+    code, _, err = chargpt("eval", "alone", "--data", "other.txt")
+    assert code == 2
+    assert "other.txt is not the text that the run was trained on" in err
 
 
 # ----------------------------------------------------------------------------------------------------------------- info

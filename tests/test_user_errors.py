@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 import runs
-from chargpt import training
+from chargpt import experiment
 from chargpt.errors import ChargptError, user_errors
-from chargpt.planner import Speed
-from chargpt.training import results
+from chargpt.planner import machine
+from chargpt.training import Speed
 from test_cli import TINY, Chargpt, chargpt, interrupt, one_error, start, trained
 
 __all__ = ["chargpt", "trained"]  # fixtures
@@ -54,14 +54,14 @@ def test_a_text_that_cannot_be_trained_on(name: str, chargpt: Chargpt, tmp_path:
         (["--set", "modle.n_layer=3"], r"'modle' is no group of knobs; did you mean model\?"),
         (["--set", "max_steps=many"], r"max_steps must be a whole number, got 'many'"),
         (["--set", "max_steps=0"], r"max_steps must be at least 1, got 0"),
-        (["--set", "max_seconds=5"], r"exactly one of max_steps and max_seconds"),
+        (["--set", "max_seconds=5"], r"a run is a number of steps: set max_steps"),
         (["--set", "model.dropout=[1"], r"not valid YAML"),
         (["--set", "model.kind=trigram"], r"model\.kind must be one of bigram, transformer, got 'trigram'"),
         (["--set", "optimizer.learning_rate=-1"], r"learning_rate must be positive"),
         (["--set", "device=gpu"], r"device must be auto, cpu, cuda or cuda:N, got 'gpu'"),
         (["--set", "kernels=fast"], r"kernels must be one of auto, "),
         (["--preset", "modem"], r"no preset is called 'modem'; did you mean modern\?"),
-        (["--minutes", "3"], r"--minutes and --set max_steps=… both set the budget; leave one out"),
+        (["--minutes", "3"], r"--minutes and --set max_steps=… both set how long to train; leave one out"),
         (["--minutes", "-1"], r"--minutes must be positive and finite, got -1\.0"),
         (["--set", "patience=0"], r"patience must be at least 1 or null, got 0"),
         (
@@ -146,7 +146,7 @@ def test_going_on_under_another_config_shows_every_difference(
 ) -> None:
     (tmp_path / "text.txt").write_text(runs.words(), encoding="utf-8")
     with monkeypatch.context() as patched:
-        patched.setattr(results, "evaluate", interrupt)
+        patched.setattr(experiment, "evaluate", interrupt)
         assert chargpt("train", "text.txt", *TINY)[0] == 2
     code, out, err = chargpt("train", "text.txt", *TINY, "--set", "batch_size=5", "--set", "model.n_embd=16")
     assert (code, out) == (2, "")
@@ -161,7 +161,7 @@ def test_going_on_under_another_config_shows_every_difference(
     "where",
     [
         *("chargpt.text.read_text", "chargpt.tokenizers.build_tokenizer", "chargpt.data.split_tokens"),
-        *("chargpt.training.trainer.resolve_runtime", "chargpt.training.results.evaluate"),
+        *("chargpt.training.trainer.resolve_runtime", "chargpt.experiment.evaluate"),
     ],
 )
 def test_ctrl_c_anywhere_is_one_line_and_the_same_command_finishes(
@@ -180,7 +180,7 @@ def test_a_full_disk_while_training_is_one_error_and_the_same_command_finishes(
     chargpt: Chargpt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The steps that measure the speed would be moments too, more or fewer of them in every run.
-    monkeypatch.setattr(training, "measure_speed", lambda run: Speed(100_000, 100_000))
+    monkeypatch.setattr(machine, "measure_speed", lambda run: Speed(100_000, 100_000))
     (tmp_path / "text.txt").write_text(runs.words(), encoding="utf-8")
     moments = runs.Moments(tmp_path / "alone", lambda number, what: None)
     with moments:

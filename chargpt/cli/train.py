@@ -71,7 +71,6 @@ def run(arguments: argparse.Namespace) -> None:
     from chargpt import experiment
     from chargpt.config import EvaluationConfig, TrackingConfig
     from chargpt.console import say
-    from chargpt.data import keep_splits
     from chargpt.planner import Request
     from chargpt.training import Run
 
@@ -93,10 +92,15 @@ def run(arguments: argparse.Namespace) -> None:
         run = _with_steps_for(run, arguments.minutes)
     if arguments.like is not None and _like(arguments.like, "data", None) != splits.fingerprint:
         say(f"{arguments.like} was trained on another text, or another split of it: the losses do not compare")
-    keep_splits(folder.parent / "data", splits)
     tracking = TrackingConfig(enabled=arguments.track)
-    # The other protocols would cost minutes; `chargpt eval` has them.
-    metrics = experiment.train(run, EvaluationConfig(), tracking, protocols=("full",), minutes=arguments.minutes)
+    metrics = experiment.train(
+        run,
+        EvaluationConfig(),
+        tracking,
+        protocols=("full",),  # the others would cost minutes; `chargpt eval` has them
+        data=folder.parent / "data",
+        minutes=arguments.minutes,
+    )
     print("\n".join(_result(run, metrics)))
     if arguments.track:
         print("\n".join(_where_tracked(tracking)))
@@ -171,7 +175,7 @@ def _adjusted(run: "Run", request: "Request") -> "Run":
     for reason in fitted.reasons:
         say(reason)
     mine = {assignment.partition("=")[0] for assignment in request.assignments}
-    if mine - {"device", "max_steps"}:
+    if mine - {"device"} and not request.teachers:  # a teacher may not fit the preset as it is
         without = fit(dataclasses.replace(request, assignments=()), text, machine).config
         moved = [
             line

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
-from chargpt.config.schema import Params, TrainConfig
+from chargpt.config.schema import RETIRED, Params, TrainConfig
 from chargpt.errors import ConfigError, nearest
 
 T = TypeVar("T")
@@ -162,6 +162,8 @@ def _suggestion(name: str, hints: dict[str, Any], prefix: str) -> str:
         for cls in filter(dataclasses.is_dataclass, (wanted, *typing.get_args(wanted))):
             for known in typing.get_type_hints(cls):
                 inside.setdefault(known, f"{prefix}{group}.{known}")
+    if name in RETIRED:
+        return f"; {RETIRED[name]}"
     if name in inside:
         return f"; did you mean {inside[name]}?"
     for keys in (here, inside):

@@ -185,6 +185,13 @@ class TrainConfig:
         return self.batch_size * self.gradient_accumulation_steps * self.model.block_size
 
 
+# Knobs of earlier versions, and what takes their place.
+RETIRED = {
+    "max_seconds": "a run is a number of steps: set max_steps, or let `chargpt train --minutes N` count them",
+    "sampling": "its name is `order`",
+}
+
+
 # ---------------------------------------------------------------------------------------------- evaluation and sampling
 
 

@@ -63,7 +63,7 @@ class Guarded:
     def __init__(self, inner: "MlflowTracker") -> None:
         self._inner: MlflowTracker | None = inner
         self._config = inner.config
-        self.url = inner.url
+        self.run_id, self.url = inner.run_id, inner.url
 
     def log(self, history: Sequence[Point]) -> None:
         self._attempt("cannot log metrics", lambda inner: inner.log(history))

@@ -20,8 +20,8 @@ KEYS = {
     "seed",
     "parameters",
     "steps",
-    "seconds",
-    "tokens_per_second",
+    "weights_sha256",
+    "bits_per_byte",
     "val_full",
     "val_nanogpt",
     "val_sliding",
@@ -108,6 +108,8 @@ def test_one_command_leaves_models_samples_and_a_comparison(project: Path) -> No
     assert [(row["variant"], row["seed"]) for row in rows] == [("bigram", 1), ("nanogpt-cpu", 1)]
     assert all(row.keys() >= KEYS for row in rows)
     assert "nanogpt-cpu" in (project / "reports/comparison.md").read_text()
+    times = json.loads((project / "reports/timing.json").read_text())
+    assert {name: max(map(int, points)) for name, points in times.items()} == {"bigram-s1": 40, "nanogpt-cpu-s1": 20}
     assert (project / "reports/curves.png").read_bytes().startswith(b"\x89PNG")
     for variant in ("bigram", "nanogpt-cpu"):
         sample = (project / f"samples/{variant}.txt").read_text()

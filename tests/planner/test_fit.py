@@ -15,13 +15,10 @@ from chargpt.planner import (
     Fitted,
     Machine,
     Request,
-    Speed,
     Text,
-    budgeted,
+    assigned,
     fit,
-    parameter_estimate,
-    require_memory,
-    required_memory,
+    steps_in,
     validation_fraction,
 )
 from chargpt.planner.fit import (
@@ -34,6 +31,8 @@ from chargpt.planner.fit import (
     TAUGHT_WEIGHT_DECAY,
     TUNED_ON,
 )
+from chargpt.training import Speed, require_memory, required_memory
+from chargpt.training.memory import parameter_estimate
 
 MILLION = Text(train_tokens=TUNED_ON, val_tokens=111_540, vocab_size=65)
 
@@ -79,7 +78,13 @@ def test_the_time_chooses_the_preset_and_a_gpu_takes_the_larger(minutes: float |
     assert fitted.name == name
     assert transformer(fitted).n_embd == PRESETS[name].model.n_embd  # type: ignore[union-attr]
     assert fitted.reasons[0].startswith(f"preset {name}: ")
-    assert fitted.config.max_seconds == (PRESETS[name].max_seconds if minutes is None else minutes * 60)
+    if minutes is None:
+        assert fitted.config.max_steps == PRESETS[name].max_steps
+        assert not said(fitted, "max_steps")
+    else:
+        seconds = fitted.config.max_steps * fitted.config.tokens_per_step / 50_000
+        assert seconds == pytest.approx(60 * minutes, rel=0.01)
+        assert len(said(fitted, "max_steps")) == 1
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -99,32 +104,28 @@ def test_a_wrong_preset_is_refused_with_the_nearest() -> None:
 def test_what_the_user_sets_is_touched_by_nothing() -> None:
     assignments = (
         *("model.dropout=0.05", "model.block_size=64", "eval_interval=7", "eval_tokens=900", "patience=2"),
-        *("batch_size=64", "max_seconds=100000"),
+        *("batch_size=64", "max_steps=100000"),
     )
     fitted = fit(Request(assignments=assignments), text_of(20_000), machine(memory=2**30))
     assert fitted.config == override(PRESETS["modern"], list(assignments))
     assert len(fitted.reasons) == 1  # the preset
 
 
-@pytest.mark.parametrize("assignment", ["max_steps=100", "max_seconds=100"])
-def test_minutes_and_a_budget_by_hand_contradict_each_other(assignment: str) -> None:
-    with pytest.raises(ConfigError, match=f"--minutes and --set {assignment[:8]}"):
-        budgeted(TrainConfig(), Request(minutes=3, assignments=(assignment,)))
+def test_minutes_and_steps_by_hand_contradict_each_other() -> None:
+    with pytest.raises(ConfigError, match="--minutes and --set max_steps"):
+        assigned(TrainConfig(), Request(minutes=3, assignments=("max_steps=100",)))
 
 
 @pytest.mark.parametrize("minutes", [0, -1, math.nan, math.inf])
 def test_minutes_are_positive(minutes: float) -> None:
     with pytest.raises(ConfigError, match="--minutes must be positive and finite"):
-        budgeted(TrainConfig(), Request(minutes=minutes))
+        assigned(TrainConfig(), Request(minutes=minutes))
 
 
-def test_one_budget_by_hand_takes_the_place_of_the_other() -> None:
-    steps = budgeted(PRESETS["modern"], Request(assignments=("max_steps=9",)))
-    assert (steps.max_steps, steps.max_seconds) == (9, None)
-    seconds = budgeted(TrainConfig(), Request(assignments=("max_seconds=9",)))
-    assert (seconds.max_steps, seconds.max_seconds) == (None, 9)
-    with pytest.raises(ConfigError, match="exactly one"):
-        budgeted(TrainConfig(), Request(assignments=("max_seconds=9", "max_steps=9")))
+def test_minutes_become_steps_by_the_measured_speed() -> None:
+    config = PRESETS["modern"]  # 4,096 tokens a step
+    assert steps_in(1, config, Speed(40_960, 1)) == 600
+    assert steps_in(1e-6, config, Speed(1, 1)) == 1
 
 
 def test_another_kind_of_model_keeps_its_own_defaults_and_gives_its_name() -> None:
@@ -140,13 +141,13 @@ def test_a_short_text_is_read_fewer_times_with_more_dropout() -> None:
     dropouts = [transformer(fitted).dropout for fitted in found]
     assert dropouts == sorted(dropouts)
     assert dropouts[0] == 0 < dropouts[-1] == DROPOUT[-1][1]
-    passes = 120 * 50_000 / text_of(300_000).train_tokens
+    passes = steps_in(2, PRESETS["modern"], Speed(50_000, 1)) * 4096 / text_of(300_000).train_tokens
     assert said(found[2], "dropout") == [
-        f"dropout {dropouts[2]} in place of 0.0: the run reads the text about {passes:.1f} times"
+        f"dropout {dropouts[2]} in place of 0.0: the run reads the text {passes:.1f} times"
     ]
-    assert [fitted.config.max_seconds for fitted in found[:3]] == [120, 120, 120]
-    assert found[3].config.max_seconds == pytest.approx(MOST_PASSES * 45_000 / 50_000, abs=0.1)
-    assert said(found[3], "max_seconds")
+    assert [fitted.config.max_steps for fitted in found[:3]] == [1465] * 3  # 6 million tokens
+    assert found[3].config.max_steps == pytest.approx(MOST_PASSES * 45_000 / 4096, abs=1)
+    assert len(said(found[3], "max_steps")) == 2  # for the time, and then fewer
 
 
 @pytest.mark.parametrize("preset", ["modern", "cpu-best"])
@@ -155,7 +156,7 @@ def test_a_student_has_little_decay_and_no_dropout_however_often_it_reads(preset
     taught = fit(Request(preset=preset, teachers=3), text_of(tokens), machine())
     assert taught.config.optimizer.weight_decay == TAUGHT_WEIGHT_DECAY
     assert transformer(taught).dropout == 0
-    assert taught.config.max_seconds == PRESETS[preset].max_seconds
+    assert taught.config.max_steps == PRESETS[preset].max_steps
     assert len(said(taught, "weight_decay")) == 1
 
 
@@ -212,12 +213,12 @@ def test_evaluations_take_a_tenth_of_the_time_at_most(minutes: float, tokens: in
     fitted = fit(Request(minutes=minutes), text, Machine(False, None, lambda config: speed))
     config = fitted.config
     scored = min(text.val_tokens, config.eval_tokens or text.val_tokens)
-    assert config.max_seconds is not None
-    steps = config.max_seconds * training / config.tokens_per_step
+    steps = config.max_steps
+    seconds = steps * config.tokens_per_step / training
     evaluations = steps / config.eval_interval
     assert evaluations < EVALUATIONS[1] * 1.5
     if scored > FEWEST_SCORED and steps > EVALUATIONS[1]:
-        assert evaluations * scored / speed.evaluation <= 1.3 * EVALUATION_SHARE * config.max_seconds
+        assert evaluations * scored / speed.evaluation <= 1.3 * EVALUATION_SHARE * seconds
     assert (config.eval_tokens is None) == (scored == text.val_tokens) == (not said(fitted, "eval_tokens"))
     assert config.patience is not None
     assert config.patience >= 4

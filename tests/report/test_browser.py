@@ -177,7 +177,7 @@ def test_pointing_at_a_line_shows_its_values(browser: webdriver.Chrome, page: Pa
     mouse = ActionChains(browser)
     mouse.w3c_actions.pointer_action.move_to_location(*place)
     mouse.perform()
-    loss = VARIANTS[2].curves[0][-1]["val_loss"]
+    loss = VARIANTS[2].curves[0][-1].val_loss
     tip = browser.find_element(By.CSS_SELECTOR, ".tip")
     assert tip.text.splitlines() == [
         "third, seed 1",

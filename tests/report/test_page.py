@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("jinja2", reason="the page needs chargpt[pipeline]")
 
-from chargpt.report import Provenance, Published, Variant, render
+from chargpt.report import CurvePoint, Provenance, Published, Variant, render
 from chargpt.report.charts import Curve, curve_chart, ladder_chart, linear_ticks, log_ticks, short
 from chargpt.report.page import SAMPLE_CHARACTERS
 from reports import PROVENANCE, SHA256, points, row, variant
@@ -107,7 +107,7 @@ def test_the_page_of_many_runs_stays_below_half_a_megabyte_and_names_nothing_out
 
 
 def test_a_run_that_was_never_evaluated_while_training_has_a_row_and_no_line() -> None:
-    silent = [{"step": 10.0, "tokens": 100.0, "seconds": 1.0, "train_loss": 3.0}]
+    silent = [CurvePoint(10, 100, 1.0, 3.0, None)]
     page = render([variant("a", [2.0], [silent]), variant("b", [2.1], [[]])], PROVENANCE, {}, {})
     assert page.count('class="run"') == 2
     assert 'class="val" d=""' in page
@@ -165,7 +165,7 @@ def test_a_long_training_curve_is_thinned_out_to_means_that_end_where_it_ends() 
     assert curve.train[-1][:3] == (20_000, 2_000_000, 50.0)
     steps = [point[0] for point in curve.train]
     assert steps == sorted(set(steps))
-    jagged = [{"step": n, "tokens": n, "seconds": n, "train_loss": 2.0 + n % 2} for n in range(1, 2001)]
+    jagged = [CurvePoint(n, n, float(n), 2.0 + n % 2, None) for n in range(1, 2001)]
     assert all(loss == pytest.approx(2.5, abs=0.05) for *_, loss in Curve.of(0, 1, jagged).train[-20:])
     short_one = Curve.of(0, 1, points(2.0, steps=500))
     assert len(short_one.train) == 50

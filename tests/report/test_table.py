@@ -8,7 +8,17 @@ from typing import Any
 
 import pytest
 
-from chargpt.report import Published, comparison_metrics, comparison_table, plot_curves, read_curve
+from chargpt.errors import CorpusError
+from chargpt.report import (
+    CurvePoint,
+    Published,
+    comparison_metrics,
+    comparison_table,
+    evaluations_csv,
+    plot_curves,
+    read_curve,
+    timed,
+)
 
 pytest.importorskip("matplotlib", reason="the picture needs chargpt[pipeline]")
 
@@ -23,6 +33,7 @@ def row(variant: str, seed: int, val_full: float, **more: Any) -> dict[str, Any]
         "seconds": 70.25,
         "tokens_per_second": 21_868.4,
         "val_full": val_full,
+        "bits_per_byte": 2.5,
         "val_sliding": 1.8,
         "val_nanogpt": 1.9,
         "kernels": "torch",
@@ -34,7 +45,7 @@ def cells(line: str) -> list[str]:
 
 
 def curve(path: Path, lines: list[str]) -> Path:
-    path.write_text("\n".join(["step,tokens,seconds,train_loss,val_loss,learning_rate", *lines]) + "\n")
+    path.write_text("\n".join(["step,tokens,train_loss,val_loss,learning_rate", *lines]) + "\n")
     return path
 
 
@@ -54,6 +65,7 @@ def test_a_variant_is_one_line_with_mean_and_deviation_over_its_seeds() -> None:
         "tokens/s": "21,868",
         "seconds": "70.2",
         "val (full)": "1.2000 ± 0.2000",  # the sample's deviation: √((0.04 + 0 + 0.04) / 2)
+        "bits/byte": "2.500",
         "val (sliding)": "1.8000",  # equal values need no deviation
         "val (nanogpt)": "1.9000",
         "kernels": "torch",
@@ -77,6 +89,18 @@ def test_every_implementation_of_the_kernels_is_named() -> None:
     assert cells(comparison_table(rows).splitlines()[2])[-1] == "cpp, torch"
 
 
+def test_what_was_not_measured_for_every_run_is_a_dash_or_no_column() -> None:
+    rows = [timed(row("a", 1, 1.0), {10: 2.0, 20: 4.0}), timed(row("a", 2, 1.0), {}), timed(row("b", 1, 1.0), {7: 8.0})]
+    assert (rows[0]["seconds"], rows[0]["tokens_per_second"]) == (4.0, 384_000)
+    for one in rows:
+        del one["val_sliding"]
+    header, _, first, second = comparison_table(rows).splitlines()
+    assert "sliding" not in header
+    assert dict(zip(cells(header), cells(first), strict=True))["seconds"] == "–"
+    assert dict(zip(cells(header), cells(second), strict=True))["seconds"] == "8.0"
+    assert "val_sliding" not in comparison_metrics(rows)["a"]
+
+
 def test_no_rows_give_the_header_alone() -> None:
     assert len(comparison_table([]).splitlines()) == 2
 
@@ -96,36 +120,52 @@ def test_metrics_are_keyed_by_variant_with_means_and_the_runs_themselves() -> No
     rows = [row("a", 1, 1.0, seconds=10.0), row("b", 1, 3.0), row("a", 2, 1.2, seconds=20.0)]
     metrics = comparison_metrics(rows)
     assert list(metrics) == ["a", "b"]
-    assert metrics["a"]["runs"] == [rows[0], rows[2]]
-    assert {key: metrics["a"][key] for key in ("seeds", "val_full", "val_full_sd", "seconds", "steps")} == {
+    untimed = [{k: v for k, v in one.items() if k not in ("seconds", "tokens_per_second")} for one in rows]
+    assert metrics["a"]["runs"] == [untimed[0], untimed[2]]
+    assert {key: metrics["a"][key] for key in ("seeds", "val_full", "val_full_sd", "steps")} == {
         "seeds": 2,
         "val_full": 1.1,
         "val_full_sd": 0.141421,
-        "seconds": 15.0,
         "steps": 2000,
     }
+    assert "seconds" not in str(metrics)  # equal runs give equal bytes
     assert metrics["b"]["val_full_sd"] is None
 
 
 # --------------------------------------------------------------------------------------------------------------- curves
 
 
-def test_points_hold_what_was_measured_there(tmp_path: Path) -> None:
-    path = curve(tmp_path / "curve.csv", ["0,0,0.0,,4.2,", "10,7680,0.5,3.1,,0.001", "20,15360,1.0,2.9,3.0,0.001"])
-    points = read_curve(path)
-    assert points[0] == {"step": 0, "tokens": 0, "seconds": 0, "val_loss": 4.2}
-    assert points[1] == {"step": 10, "tokens": 7680, "seconds": 0.5, "train_loss": 3.1, "learning_rate": 0.001}
-    assert points[2]["val_loss"] == 3.0
+LINES = ["0,0,,4.2,", "10,7680,3.1,,0.001", "20,15360,2.9,3.0,0.001"]
+
+
+def test_points_hold_what_was_measured_there_and_when(tmp_path: Path) -> None:
+    path = curve(tmp_path / "curve.csv", LINES)
+    expected = [(0, 0, None, 4.2), (10, 7680, 3.1, None), (20, 15360, 2.9, 3.0)]
+    for seconds, times in (({0: 0.0, 20: 1.0}, (0.0, 0.5, 1.0)), ({}, (None,) * 3)):
+        points = [CurvePoint(step, n, at, *losses) for (step, n, *losses), at in zip(expected, times, strict=True)]
+        assert read_curve(path, seconds) == points
+
+
+@pytest.mark.parametrize("line", ["1,2", "a,7680,3.1,,0.001", "10,7680,x,,0.001", "10,7680,3.1,,0.001,9"])
+def test_a_damaged_curve_is_refused(line: str, tmp_path: Path) -> None:
+    with pytest.raises(CorpusError, match="damaged"):
+        read_curve(curve(tmp_path / "curve.csv", [line]), {})
+
+
+def test_dvc_gets_every_evaluation(tmp_path: Path) -> None:
+    points = read_curve(curve(tmp_path / "curve.csv", LINES), {0: 0.0, 20: 1.0})
+    expected = ["variant,seed,tokens,seconds,val_loss", "a,3,0,0,4.2", "a,3,15360,1,3"]
+    assert evaluations_csv([("a", 3, points)]).splitlines() == expected
 
 
 def test_a_run_without_points_has_an_empty_curve(tmp_path: Path) -> None:
-    assert read_curve(curve(tmp_path / "curve.csv", [])) == []
+    assert read_curve(curve(tmp_path / "curve.csv", []), {}) == []
 
 
 def test_the_picture_is_a_png_with_something_drawn_in_it(tmp_path: Path) -> None:
-    first = curve(tmp_path / "1.csv", ["0,0,0.0,,4.2,", "10,7680,0.5,3.1,,0.001", "20,15360,1.0,2.9,3.0,0.001"])
-    second = curve(tmp_path / "2.csv", ["10,7680,0.5,3.2,,0.001", "20,15360,1.0,3.0,,0.001"])  # never evaluated
-    third = curve(tmp_path / "3.csv", [])
+    first = read_curve(curve(tmp_path / "1.csv", LINES), {})
+    second = read_curve(curve(tmp_path / "2.csv", ["10,7680,3.2,,0.001", "20,15360,3.0,,0.001"]), {})  # never evaluated
+    third = read_curve(curve(tmp_path / "3.csv", []), {})
     picture = tmp_path / "reports" / "curves.png"
     plot_curves({"a": [first, second], "b": [third, first]}, picture)
     content = picture.read_bytes()
@@ -139,17 +179,17 @@ def test_the_picture_is_a_png_with_something_drawn_in_it(tmp_path: Path) -> None
 
 
 def test_a_picture_of_more_variants_than_colours(tmp_path: Path) -> None:
-    path = curve(tmp_path / "1.csv", ["0,0,0.0,,4.2,", "10,7680,0.5,3.1,3.0,0.001"])
+    path = read_curve(curve(tmp_path / "1.csv", LINES), {})
     plot_curves({"a": [path]}, tmp_path / "one.png")
     plot_curves({f"variant-{i}": [path] for i in range(12)}, tmp_path / "many.png")
     assert (tmp_path / "many.png").stat().st_size > (tmp_path / "one.png").stat().st_size > 1000
 
 
 def test_drawing_needs_no_display_and_no_global_state(tmp_path: Path) -> None:
-    path = curve(tmp_path / "1.csv", ["0,0,0.0,,4.2,", "10,7680,0.5,3.1,3.0,0.001"])
+    path = curve(tmp_path / "1.csv", LINES)
     program = (
-        "import sys; from pathlib import Path; from chargpt.report import plot_curves\n"
-        "plot_curves({'a': [Path(sys.argv[1])]}, Path(sys.argv[2]))\n"
+        "import sys; from pathlib import Path; from chargpt.report import plot_curves, read_curve\n"
+        "plot_curves({'a': [read_curve(Path(sys.argv[1]), {})]}, Path(sys.argv[2]))\n"
         "sys.exit('matplotlib.pyplot' in sys.modules)"
     )
     command = [sys.executable, "-W", "error", "-c", program, str(path), str(tmp_path / "1.png")]

@@ -559,7 +559,12 @@ def test_the_stages_make_the_lectures_split(
     assert splits.tokenizer.decode(np.concatenate([splits.train, splits.val])) == text
     assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == ["download", "tokenize", "split"]
     assert sorted(file.name for file in Path("data").iterdir()) == ["raw", "splits", "tokens"]
-    assert sorted(file.name for file in split.SPLITS.iterdir()) == ["tokenizer.json", "train.npy", "val.npy"]
+    assert sorted(file.name for file in split.SPLITS.iterdir()) == [
+        "manifest.json",
+        "tokenizer.json",
+        "train-00000.npy",
+        "val-00000.npy",
+    ]
     assert sorted(file.name for file in tokenize.TOKENS.iterdir()) == ["ids.npy", "tokenizer.json"]
 
 

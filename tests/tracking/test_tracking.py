@@ -6,6 +6,7 @@ import os
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +21,8 @@ from chargpt.errors import ConfigError
 from chargpt.generation import generate_text
 from chargpt.models import build_model
 from chargpt.tokenizers.character import CharacterTokenizer
-from chargpt.tracking import Dataset, Point, RunDescription, open_tracker, provenance, store
+from chargpt.tracking import Dataset, NullTracker, Point, RunDescription, provenance, store
+from chargpt.tracking.guarded import RUN_ID, Guarded
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")  # MLflow's own use of SQLAlchemy
 
@@ -32,6 +34,17 @@ RUN = RunDescription(
     tags={"torch": "2.13.0", "kernels": "torch"},
     dataset=Dataset("tiny_shakespeare", "d" * 64, train_tokens=1_003_854, val_tokens=111_540),
 )
+
+
+def open_tracker(config: TrackingConfig, run: RunDescription, run_id: str | None = None) -> Any:
+    """In a folder of its own, which names `run_id` when it resumes."""
+    folder = Path(tempfile.mkdtemp())
+    if run_id is not None:
+        (folder / RUN_ID).write_text(json.dumps({"run_id": run_id}), encoding="utf-8")
+    tracker = tracking.open_tracker(config, run, folder, resumed=run_id is not None)
+    known = json.loads((folder / RUN_ID).read_text(encoding="utf-8"))["run_id"] if (folder / RUN_ID).exists() else None
+    assert known == (tracker.run_id if isinstance(tracker, Guarded) else run_id)  # kept for the next resume
+    return tracker
 
 
 def curve(last: int, first: int = 1) -> list[Point]:
@@ -89,7 +102,6 @@ def test_run_shows_what_it_is(project: Path, monkeypatch: pytest.MonkeyPatch, cl
     monkeypatch.setenv("DVC_STAGE", "train@bigram-7")
     commit = git(project, "rev-parse", "HEAD")
     tracker = open_tracker(CONFIG, RUN)
-    assert tracker.run_id is not None
     assert tracker.url is None  # no server shows it yet
     tracker.finish("FINISHED")
 
@@ -155,7 +167,6 @@ def test_long_curve_is_stored_whole(client: Any) -> None:
     tracker.log(points[:700])
     tracker.log(points + odd)
     tracker.finish("FAILED")
-    assert tracker.run_id is not None
     stored = history(client, tracker.run_id)
     assert stored[:1500] == [(point.step, point.metrics["train/loss"]) for point in points]
     assert math.isnan(stored[1500][1])
@@ -165,7 +176,6 @@ def test_long_curve_is_stored_whole(client: Any) -> None:
 def test_resumed_run_stores_each_step_once(client: Any) -> None:
     killed = open_tracker(CONFIG, RUN)  # never told to finish, as after SIGKILL
     killed.log(curve(20))
-    assert killed.run_id is not None
     assert client.get_run(killed.run_id).info.status == "RUNNING"
     client.log_metric(killed.run_id, "val/loss", 0.5, step=10)  # one metric further than the other
     client.set_terminated(killed.run_id, "KILLED")
@@ -215,10 +225,11 @@ def test_finish_leaves_status_summary_and_files(
     (tmp_path / "samples" / "romeo.txt").write_text("ROMEO:")
     tracker = open_tracker(CONFIG, RUN)
     tracker.log(curve(5))
-    tracker.finish(status, {"best/val_loss": 1.5}, [tmp_path / "curve.csv", tmp_path / "samples"])
+    tracker.finish(status, {"best/val_loss": 1.5}, {"weights": "abc"}, [tmp_path / "curve.csv", tmp_path / "samples"])
     run = client.get_run(str(tracker.run_id))
     assert run.info.status == status
     assert run.info.end_time is not None
+    assert run.data.tags["weights"] == "abc"
     assert history(client, run.info.run_id, "best/val_loss") == [(5, 1.5)]
     artifacts = project / "mlartifacts" / run.info.run_id / "artifacts"
     assert (artifacts / "curve.csv").read_text() == "step,loss\n"
@@ -271,7 +282,12 @@ def test_logged_model_loads_back_and_generates(project: Path, tmp_path: Path, re
 
 # -------------------------------------------------------------------------------------------------------- the champion
 
-NOT_IN_STORE = {"variant": "bigram", "seed": 99, "val_full": 0.1, "seconds": 1.0}  # a row out of DVC's cache, say
+NOT_IN_STORE = {
+    "variant": "bigram",
+    "seed": 99,
+    "val_full": 0.1,
+    "weights_sha256": "f" * 64,
+}  # a row out of DVC's cache, say
 
 
 def finished_run(folder: Path, seed: int, loss: float, split: str = "a" * 64) -> tuple[dict[str, Any], Any, Any]:
@@ -280,9 +296,9 @@ def finished_run(folder: Path, seed: int, loss: float, split: str = "a" * 64) ->
     model = build_model(BigramConfig(), tokenizer.vocab_size, seed)
     save_checkpoint(folder / f"model-{seed}", model, tokenizer, {})
     tracker = open_tracker(CONFIG, RunDescription("bigram", seed, tags={"splits_sha256": split}))
-    row = {"variant": "bigram", "seed": seed, "val_full": loss, "seconds": 1.25 + seed / 3}
-    summary = {key: float(row[key]) for key in ("val_full", "seconds")}  # type: ignore[arg-type]
-    tracker.finish("FINISHED", summary, model=folder / f"model-{seed}")
+    row = {"variant": "bigram", "seed": seed, "val_full": loss, "weights_sha256": f"{seed:064}"}
+    tags = {"weights_sha256": f"{seed:064}"}
+    tracker.finish("FINISHED", {"val_full": loss}, tags, model=folder / f"model-{seed}")
     return row, model, tokenizer
 
 
@@ -295,7 +311,7 @@ def test_the_best_run_is_the_champion_that_others_load(
 ) -> None:
     worse, *_ = finished_run(tmp_path, 11, 2.0)
     best, model, tokenizer = finished_run(tmp_path, 12, 1.5 + 1e-9)
-    twin = best | {"seconds": 9.0}  # the same numbers from another run, which the store does not have
+    twin = best | {"weights_sha256": "0" * 64}  # the same loss by other weights, which the store does not have
     line = tracking.register_champion(CONFIG, [worse, NOT_IN_STORE, best, twin])
     assert line is not None
     assert line.startswith("chargpt@champion is bigram-s12-")
@@ -364,7 +380,7 @@ def test_store_that_cannot_open_costs_one_warning(tmp_path: Path, capfd: pytest.
     config = TrackingConfig(uri=broken_store(kind, tmp_path))
     tracker = open_tracker(config, RUN, "an id from a checkpoint")
     tracker.log(curve(3))
-    tracker.finish("FINISHED", {"best/val_loss": 1.0}, [tmp_path / "missing"], tmp_path / "missing")
+    tracker.finish("FINISHED", {"best/val_loss": 1.0}, {}, [tmp_path / "missing"], tmp_path / "missing")
     output = capfd.readouterr()
     [line] = output.err.splitlines()
     assert line.startswith("chargpt: warning: MLflow at ")
@@ -372,14 +388,14 @@ def test_store_that_cannot_open_costs_one_warning(tmp_path: Path, capfd: pytest.
     assert "the local curve goes on" in line
     assert "secret" not in line
     assert output.out == ""
-    assert tracker.run_id == "an id from a checkpoint"  # for a resume when the store is back
+    assert isinstance(tracker, NullTracker)
 
 
 def test_mlflow_that_is_not_installed_costs_one_warning(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "mlflow", None)
-    assert open_tracker(CONFIG, RUN).run_id is None
+    assert isinstance(open_tracker(CONFIG, RUN), NullTracker)
     [line] = capsys.readouterr().err.splitlines()
     assert "mlflow is not installed" in line
 
@@ -438,14 +454,14 @@ def start_python(code: str, **environment: str) -> "subprocess.Popen[str]":
 def test_switched_off_imports_no_mlflow() -> None:
     code = """
 import sys
+from pathlib import Path
 from chargpt.config import TrackingConfig
 from chargpt.tracking import Point, RunDescription, open_tracker, ui_url
-assert "torch" not in sys.modules
-tracker = open_tracker(TrackingConfig(enabled=False), RunDescription("bigram", 1), "kept")
+tracker = open_tracker(TrackingConfig(enabled=False), RunDescription("bigram", 1), Path("not made"), True)
 tracker.log([Point(1, 0.0, {"train/loss": 1.0})])
 tracker.finish("FINISHED", {"best/val_loss": 1.0})
 ui_url(TrackingConfig())
-assert tracker.run_id == "kept"
+assert not Path("not made").exists()
 assert "mlflow" not in sys.modules
 """
     process = start_python(code)
@@ -457,10 +473,12 @@ def test_several_processes_open_a_new_store_at_once_and_quietly(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     code = """
-import os, time
+import os, tempfile, time
+from pathlib import Path
 from chargpt.config import TrackingConfig
 from chargpt.tracking import Point, RunDescription, open_tracker
-tracker = open_tracker(TrackingConfig(), RunDescription("bigram", int(os.environ["SEED"]), {"a": 1}))
+run = RunDescription("bigram", int(os.environ["SEED"]), {"a": 1})
+tracker = open_tracker(TrackingConfig(), run, Path(tempfile.mkdtemp()), False)
 tracker.log([Point(step, time.time(), {"train/loss": 1.0}) for step in range(3)])
 tracker.finish("FINISHED")
 """
