@@ -1,6 +1,6 @@
 // The native module `chargpt._native`: where the C++ kernels meet torch and Python (a block's small operators do in
 // bindings_block.cpp, the CUDA kernels in bindings_cuda.cpp). It checks, allocates, spreads the rows over torch's threads, and connects the kernels to autograd.
-// chargpt/kernels/cpp.py makes operators of it. torch/extension.h would cost a minute of compile time, so only what is
+// chargpt/kernels/backends/cpp.py makes operators of it. torch/extension.h would cost a minute of compile time, so only what is
 // used is included.
 
 #include <ATen/Parallel.h>

@@ -1,4 +1,4 @@
-// Where the small operators of a block (cpu/block.h) meet torch: checks nothing (chargpt/kernels/__init__.py does),
+// Where the small operators of a block (cpu/block.h) meet torch: checks nothing (chargpt/kernels/ops/ does),
 // allocates, spreads the rows over torch's threads, and connects the kernels to autograd. Part of `chargpt._native`.
 
 #include <ATen/Parallel.h>

@@ -1,6 +1,6 @@
 // The native module `chargpt._native_cuda`: where the CUDA kernels meet torch and Python. It allocates outputs and
 // workspaces, picks the tensors' device and its current stream, and never waits for the GPU. Autograd and operators are
-// made of it by chargpt/kernels/cuda.py. Only headers of c10/cuda are used: those of ATen/cuda want the headers of
+// made of it by chargpt/kernels/backends/cuda.py. Only headers of c10/cuda are used: those of ATen/cuda want the headers of
 // cuBLAS and its sisters, which many CUDA toolkits that can compile the kernels do not have.
 
 #include <ATen/ops/empty.h>

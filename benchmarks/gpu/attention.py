@@ -115,7 +115,7 @@ def contenders(
 
 def autotuned(qkv: tuple[Tensor, Tensor, Tensor], upstream: Tensor | None) -> Function:
     """Triton's kernels with tiles chosen by timing them, called without autograd; no upstream: the forward alone."""
-    from chargpt.kernels.triton.attention import causal_attention_backward, causal_attention_forward
+    from chargpt.kernels.backends.triton.attention import causal_attention_backward, causal_attention_forward
 
     q, k, v = (x.detach() for x in qkv)
     options = (1 / math.sqrt(q.shape[-1]), 0.0, None, None)  # scale, dropout_p, window, seed

@@ -31,8 +31,8 @@ STAMP = "fingerprint"  # the file beside carried modules that says what they wer
 INSTALL = ("-m", "pip", "install", "--disable-pip-version-check", "--no-build-isolation", "--no-deps", "-v", "-e", ".")
 STATE = """
 import json
-from chargpt.kernels import describe_implementations, native
-print(json.dumps({"implementations": describe_implementations(), "problem": native.load_cuda().problem}))
+from chargpt.kernels import describe_backends, native
+print(json.dumps({"implementations": describe_backends(), "problem": native.load_cuda().problem}))
 """
 
 

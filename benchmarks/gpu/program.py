@@ -25,7 +25,7 @@ import torch
 from benchmarks.harness import interleave, milliseconds, paired_ratio
 from chargpt.errors import ConfigError
 from chargpt.files import replaced_file
-from chargpt.kernels import registry, resolve
+from chargpt.kernels import resolve
 
 # While the GPU waits this many clock cycles, about a millisecond, the host queues up what is to be timed. Without it
 # the time of small kernels would be the time that Python needs to launch them.
@@ -94,7 +94,7 @@ class Program:
             self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             self._wake_up()
 
-    def ours(self, operation: registry.Operation, dtype: torch.dtype) -> tuple[list[str], dict[str, str]]:
+    def ours(self, operation: str, dtype: torch.dtype) -> tuple[list[str], dict[str, str]]:
         """Our implementations for this device, and why others of them cannot run. The CPU's stand in on a dry run."""
         names, refused = [], {}
         for name in ("cpp", "torch") if self.dry else ("cuda", "triton"):

@@ -32,8 +32,8 @@ def collect() -> dict[str, Any]:
     """Versions, devices and kernels as plain data."""
     import torch
 
-    from chargpt.kernels import describe_implementations, native, resolve
-    from chargpt.kernels.registry import OPERATIONS
+    from chargpt.kernels import describe_backends, native, resolve
+    from chargpt.kernels.ops import OPERATIONS
     from chargpt.runtime import device_name
 
     loaded = native.load()
@@ -51,7 +51,7 @@ def collect() -> dict[str, Any]:
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "native_module": loaded.module.build_info() if loaded.module else loaded.problem,
         "cuda_module": native.load_cuda().problem or native.cuda_build(native.RECORD),
-        "kernels": describe_implementations(),
+        "kernels": describe_backends(),
         "chosen": {
             device: {operation: resolve(operation, device, torch.float32).name for operation in OPERATIONS}
             for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else []))

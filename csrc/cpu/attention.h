@@ -1,6 +1,6 @@
 // Causal attention on the CPU, forward and backward: what a caller needs to know. Torch-free; attention.cpp implements
 // it. The mathematics, the alignment of queries with keys, and the dropout mask are those of
-// chargpt/kernels/reference.py.
+// chargpt/kernels/ops/attention.py.
 
 #pragma once
 

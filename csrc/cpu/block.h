@@ -1,5 +1,5 @@
 // The small operators of a Transformer block on the CPU, forward and backward: what a caller needs to know. Torch-free;
-// block.cpp implements them. The mathematics are those of chargpt/kernels/reference.py.
+// block.cpp implements them. The mathematics are those of chargpt/kernels/ops/.
 //
 // Each function works on the rows (or elements) [begin, end), and a row's result does not depend on the range it is in.
 // Rows are contiguous; a `stride` counts elements from row to row, and outputs without one are packed. Pointers need

@@ -1,5 +1,5 @@
 // Softmax cross-entropy on the CPU, loss and gradient: what a caller needs to know. Torch-free; cross_entropy.cpp
-// implements it. The mathematics are those of chargpt/kernels/reference.py.
+// implements it. The mathematics are those of chargpt/kernels/ops/cross_entropy.py.
 
 #pragma once
 

@@ -1,9 +1,9 @@
 // Causal attention on the GPU, forward and backward: what a caller needs to know. Torch-free, plain C++ (no CUDA
 // compiler needed to include it); attention.cu implements it. The mathematics, the alignment of queries with keys, and
-// the dropout mask are those of chargpt/kernels/reference.py.
+// the dropout mask are those of chargpt/kernels/ops/attention.py.
 //
 // For sm_80 and up. float32 with D > 128 needs kWideFloat32SharedBytes of shared memory a block, which sm_86, sm_89 and
-// sm_120 do not have; there the launch fails with cudaErrorInvalidValue, and chargpt/kernels/cuda.py does not call.
+// sm_120 do not have; there the launch fails with cudaErrorInvalidValue, and chargpt/kernels/backends/cuda.py does not call.
 // In 16-bit dtypes the backward pass takes lse to a power of 2: gradients are as right as lse · 10⁻⁷ is small, so up to
 // scores of some 10⁴; larger ones stay finite.
 //

@@ -1,6 +1,6 @@
 // Softmax cross-entropy on the GPU, loss and gradient: what a caller needs to know. Torch-free, plain C++ (no CUDA
 // compiler needed to include it); cross_entropy.cu implements it. The mathematics are those of
-// chargpt/kernels/reference.py.
+// chargpt/kernels/ops/cross_entropy.py.
 //
 // Nothing here allocates or synchronises. All pointers are device memory of the current device; work is queued on
 // `stream`. What is returned is the first error of a launch, cudaSuccess otherwise. The results are bitwise

@@ -18,8 +18,9 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 import chargpt
-from chargpt.kernels import cuda, describe_implementations, native
-from chargpt.kernels.triton import operators as triton
+from chargpt.kernels import describe_backends, native
+from chargpt.kernels.backends import cuda
+from chargpt.kernels.backends.triton import backend as triton
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ATTENTION = (0.5, 0.25, 3, torch.tensor(7))  # scale, dropout_p, window, seed
@@ -29,7 +30,7 @@ B, H, H_kv, T, S, D, N, V = 2, 4, 2, 5, 9, 32, 6, 65
 
 def main() -> None:
     print(f"torch {torch.__version__}, CUDA {torch.version.cuda}, chargpt in {Path(chargpt.__file__).parent}")
-    for name, state in describe_implementations().items():
+    for name, state in describe_backends().items():
         print(f"  {name:<7} {state}")
     assert native.load().module is not None, native.load().problem
     module = native.load_cuda().module
@@ -38,7 +39,7 @@ def main() -> None:
         ("the binding takes the operators' arguments", lambda: check_binding(module)),
         ("machine code and PTX", lambda: check_code(Path(module.__file__))),
     ]
-    for namespace, operators in (("chargpt_cuda", cuda._OPERATORS), ("chargpt_triton", triton._OPERATORS)):
+    for namespace, operators in (("chargpt_cuda", cuda.LIBRARY), ("chargpt_triton", triton.LIBRARY)):
         checks += [
             (f"{namespace}: registered, as for the CPU", lambda n=namespace: check_registration(n)),
             (f"{namespace}: attention on fake tensors", lambda n=namespace, o=operators: check_attention(n, o)),
@@ -134,7 +135,7 @@ def check_attention(namespace: str, operators: Any) -> str:
     for dtype in DTYPES:
         with FakeTensorMode(allow_non_fake_inputs=True):
             inputs = attention_inputs("cuda", dtype)
-            out, lse = operators.causal_attention(*inputs, **names, return_lse=True)
+            out, lse = operators["causal_attention"](*inputs, **names, return_lse=True)
             assert_like(out, inputs[0])
             assert_like(lse, inputs[0][..., 0].contiguous(), torch.float32)
             for upstream in ((out, lse), (out, None), (None, lse)):
@@ -149,7 +150,7 @@ def check_cross_entropy(namespace: str, operators: Any) -> str:
         for reduction in ("none", "sum", "mean"):
             with FakeTensorMode():
                 logits, targets = cross_entropy_inputs("cuda", dtype)
-                loss = operators.softmax_cross_entropy(logits, targets, **names, reduction=reduction)
+                loss = operators["softmax_cross_entropy"](logits, targets, **names, reduction=reduction)
                 assert_like(loss, logits[:, 0].contiguous() if reduction == "none" else logits[0, 0], torch.float32)
                 kept = type(loss.grad_fn).__name__ == "_GradientInForwardBackward"
                 assert kept == (reduction != "none" and dtype != torch.float16)
@@ -160,8 +161,8 @@ def check_cross_entropy(namespace: str, operators: Any) -> str:
 
 def check_compile(operators: Any) -> str:
     def both(q: Tensor, k: Tensor, v: Tensor, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        out = operators.causal_attention(q, k, v, scale=1.0, dropout_p=0.0, window=None, seed=None, return_lse=False)
-        return out, operators.softmax_cross_entropy(
+        out = operators["causal_attention"](q, k, v, scale=1.0, dropout_p=0.0, window=None, seed=None, return_lse=False)
+        return out, operators["softmax_cross_entropy"](
             logits, targets, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=None, reduction="mean"
         )
 

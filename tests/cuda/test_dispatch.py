@@ -7,7 +7,9 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from chargpt.kernels import cuda, native, reference
+from chargpt.kernels import native
+from chargpt.kernels.backends import cuda
+from chargpt.kernels.ops.attention import reference as reference_attention
 
 SM86, SM90 = 99 << 10, 227 << 10  # bytes of shared memory that a block can have
 
@@ -80,12 +82,12 @@ def test_float32_heads_too_wide_for_the_gpus_shared_memory_are_the_references(
     monkeypatch.setattr(native, "load_cuda", lambda: native.Native(module, None))  # type: ignore[arg-type]
     gpu = SimpleNamespace(shared_memory_per_block_optin=shared)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
-    monkeypatch.setattr(cuda._OPERATORS, "causal_attention", kernels)
+    monkeypatch.setitem(cuda.LIBRARY.functions, "causal_attention", kernels)
     q = torch.randn(1, 2, 3, D, dtype=dtype)
     options = {"scale": 0.1, "dropout_p": 0.0, "window": None, "seed": None, "return_lse": False}
     out = cuda.causal_attention(q, q, q, **options)
     assert called == ([q.shape] if ours else [])
-    expected = torch.full_like(q, 7) if ours else reference.causal_attention(q, q, q, **options)  # type: ignore[arg-type]
+    expected = torch.full_like(q, 7) if ours else reference_attention(q, q, q, **options)  # type: ignore[arg-type]
     assert torch.equal(out, expected)  # type: ignore[arg-type]
 
 

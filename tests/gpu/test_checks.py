@@ -12,7 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from chargpt.kernels import reference, registry
+from chargpt.kernels import registry
+from chargpt.kernels.ops.attention import reference as reference_attention
+from chargpt.kernels.ops.cross_entropy import reference as reference_cross_entropy
 from kernels.cases import ATTENTION_CASES, CROSS_ENTROPY_CASES
 
 from . import checks
@@ -36,19 +38,19 @@ def break_torch(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Put broken functions in the place of what `impl="torch"` runs; the truth in float64 stays right."""
 
     def put(**functions: Any) -> None:
-        entries = {entry.name: entry for entry in registry.IMPLEMENTATIONS}
+        entries = {entry.name: entry for entry in registry.BACKENDS}
         right = entries["torch"]
 
         def only_in_low_precision(name: str, broken: Any) -> Any:
             def function(x: Tensor, *others: Any, **options: Any) -> Any:
-                chosen = getattr(right, name) if x.dtype == torch.float64 else broken
+                chosen = right.functions[name] if x.dtype == torch.float64 else broken
                 return chosen(x, *others, **options)
 
             return function
 
         changed = {name: only_in_low_precision(name, broken) for name, broken in functions.items()}
-        entries["torch"] = dataclasses.replace(right, **changed)
-        monkeypatch.setattr(registry, "IMPLEMENTATIONS", tuple(entries.values()))
+        entries["torch"] = dataclasses.replace(right, functions={**right.functions, **changed})
+        monkeypatch.setattr(registry, "BACKENDS", tuple(entries.values()))
 
     return put
 
@@ -78,7 +80,7 @@ def test_right_kernels_have_no_problems(impl: str) -> None:
 
 def test_a_wrong_gradient_is_named(break_torch: Callable[..., None]) -> None:
     def attend(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
-        return reference.causal_attention(q, k.detach(), v, **options)
+        return reference_attention(q, k.detach(), v, **options)
 
     break_torch(causal_attention=attend)
     problems = attention_problems("torch", torch.bfloat16, PACKED, "cpu")
@@ -88,7 +90,7 @@ def test_a_wrong_gradient_is_named(break_torch: Callable[..., None]) -> None:
 
 def test_a_value_that_was_never_written_is_found(break_torch: Callable[..., None]) -> None:
     def lose(logits: Tensor, targets: Tensor, **options: Any) -> Tensor:
-        loss = reference.softmax_cross_entropy(logits, targets, **options)
+        loss = reference_cross_entropy(logits, targets, **options)
         return loss + 0 * torch.empty_like(loss)
 
     break_torch(softmax_cross_entropy=lose)
@@ -99,7 +101,7 @@ def test_a_result_that_changes_from_call_to_call_is_found(break_torch: Callable[
     calls = itertools.count()
 
     def lose(logits: Tensor, targets: Tensor, **options: Any) -> Tensor:
-        return reference.softmax_cross_entropy(logits, targets, **options) + 1e-6 * next(calls)
+        return reference_cross_entropy(logits, targets, **options) + 1e-6 * next(calls)
 
     break_torch(softmax_cross_entropy=lose)
     problems = cross_entropy_problems("torch", torch.float32, IGNORED, "cpu")
@@ -109,7 +111,7 @@ def test_a_result_that_changes_from_call_to_call_is_found(break_torch: Callable[
 @pytest.mark.parametrize("mask", checks.MASKS, ids=str)
 def test_another_dropout_mask_is_found(break_torch: Callable[..., None], mask: checks.Mask) -> None:
     def attend(q: Tensor, k: Tensor, v: Tensor, *, seed: Tensor, **options: Any) -> Any:
-        return reference.causal_attention(q, k, v, seed=seed % 2**32, **options)  # the upper half of the seed is lost
+        return reference_attention(q, k, v, seed=seed % 2**32, **options)  # the upper half of the seed is lost
 
     break_torch(causal_attention=attend)
     forward, backward = mask_problems("torch", torch.float32, mask, "cpu")
@@ -119,7 +121,7 @@ def test_another_dropout_mask_is_found(break_torch: Callable[..., None], mask: c
 
 def test_other_results_under_torch_compile_are_found(break_torch: Callable[..., None]) -> None:
     def attend(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
-        return reference.causal_attention(2 * q if torch.compiler.is_compiling() else q, k, v, **options)
+        return reference_attention(2 * q if torch.compiler.is_compiling() else q, k, v, **options)
 
     break_torch(causal_attention=attend)
     assert any("compiled O" in problem for problem in checks.compile_problems("torch", torch.float32, "cpu"))
@@ -129,7 +131,7 @@ def test_a_model_that_trains_differently_is_found(break_torch: Callable[..., Non
     """In float32, so it is the losses of the reference that break here, and those of the kernels that stay."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
-        return reference.causal_attention(q, k, 0.9 * v, **options)
+        return reference_attention(q, k, 0.9 * v, **options)
 
     impl = "cpp"
     if impl not in {check.impl for check in all_checks("cpu", small=True)}:
@@ -147,7 +149,7 @@ def test_a_compiled_step_is_compared_with_the_eager_one(
     assert checks.compiled_step_problems("torch", torch.bfloat16, "cpu") == []
 
     def attend(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
-        return reference.causal_attention(2 * q if torch.compiler.is_compiling() else q, k, v, **options)
+        return reference_attention(2 * q if torch.compiler.is_compiling() else q, k, v, **options)
 
     break_torch(causal_attention=attend)
     assert any("compiled loss" in problem for problem in checks.compiled_step_problems("torch", torch.bfloat16, "cpu"))
@@ -199,7 +201,7 @@ def test_every_check_of_a_gpu_walks_through(no_gpu: Any) -> None:
 def test_host_threads_that_disturb_each_other_are_found(no_gpu: Any, break_torch: Callable[..., None]) -> None:
     def attend(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
         alone = threading.current_thread() is threading.main_thread()
-        return reference.causal_attention(q if alone else 1.1 * q, k, v, **options)
+        return reference_attention(q if alone else 1.1 * q, k, v, **options)
 
     break_torch(causal_attention=attend)
     problems = checks.thread_problems("torch", torch.bfloat16, "cpu", times=2)

@@ -1,7 +1,7 @@
 """The inputs that every implementation of the kernels is tested on, and the truth for them.
 
-The twins below are written unlike `chargpt/kernels/reference.py` on purpose: float64, explicit loops over heads and
-rows, probabilities instead of log-softmax, and a Philox in plain Python integers.
+The twins below are written unlike the references in `chargpt/kernels/ops/` on purpose: float64, explicit loops over
+heads and rows, probabilities instead of log-softmax, and a Philox in plain Python integers.
 """
 
 import math
@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from chargpt.errors import ConfigError
-from chargpt.kernels import available_implementations, registry, resolve
+from chargpt.kernels import available_backends, resolve
 
 
-def implementations(operation: registry.Operation, *dtypes: torch.dtype, device: str = "cpu") -> list[Any]:
+def implementations(operation: str, *dtypes: torch.dtype, device: str = "cpu") -> list[Any]:
     """The implementations that run `operation` here, or pairs of one and a dtype that it takes: for parametrisation."""
 
     def serves(name: str, dtype: torch.dtype) -> bool:
@@ -25,7 +25,7 @@ def implementations(operation: registry.Operation, *dtypes: torch.dtype, device:
         except ConfigError:
             return False
 
-    names = available_implementations()
+    names = available_backends()
     if not dtypes:
         return [name for name in names if serves(name, torch.float32)]
     return [(name, dtype) for name in names for dtype in dtypes if serves(name, dtype)]

@@ -1,4 +1,4 @@
-"""What `operators.py` makes of any implementation's kernels, on kernels that are written in PyTorch and run everywhere.
+"""What `chargpt/kernels/ops/` makes of any backend's kernels, on kernels in PyTorch that run everywhere.
 
 So the part that the CUDA and Triton kernels share is tested where there is no GPU. The C++ kernels go through the same
 operators, in test_attention.py and test_cross_entropy.py.
@@ -17,10 +17,13 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._inductor.utils import get_first_incompatible_cudagraph_node
 
-from chargpt.kernels import cuda, reference
-from chargpt.kernels.operators import OperatorsWithGradient
+from chargpt.kernels.backends import cuda
+from chargpt.kernels.backends.triton import backend as triton
+from chargpt.kernels.ops import OPERATIONS
+from chargpt.kernels.ops.attention import reference as reference_attention
+from chargpt.kernels.ops.common import OperatorLibrary
+from chargpt.kernels.ops.cross_entropy import reference as reference_cross_entropy
 from chargpt.kernels.philox import dropout_keep_mask
-from chargpt.kernels.triton import operators as triton
 
 from .cases import ATTENTION_CASES, CROSS_ENTROPY_CASES, AttentionCase, CrossEntropyCase
 
@@ -103,20 +106,19 @@ def dlogits(
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float, window: Any, seed: Any) -> Any:
-    return reference.causal_attention(
-        q, k, v, scale=scale, dropout_p=dropout_p, window=window, seed=seed, return_lse=True
-    )
+    return reference_attention(q, k, v, scale=scale, dropout_p=dropout_p, window=window, seed=seed, return_lse=True)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, *options: Any) -> Tensor:
     names = ("ignore_index", "label_smoothing", "z_loss", "softcap", "reduction")
-    return reference.softmax_cross_entropy(logits, targets, **dict(zip(names, options, strict=True)))
+    return reference_cross_entropy(logits, targets, **dict(zip(names, options, strict=True)))
 
 
-OPERATORS = OperatorsWithGradient("chargpt_test", "CPU", Kernels)
+FUSED = (OPERATIONS["causal_attention"], OPERATIONS["softmax_cross_entropy"])
+OPERATORS = OperatorLibrary("chargpt_test", "CPU", Kernels, FUSED, gradient_in_forward=True)
 OPS = torch.ops.chargpt_test
 # A GPU's operators, whose kernels get the CPU's tensors.
-GPU_OPERATORS = OperatorsWithGradient("chargpt_test_gpu", "CUDA", Kernels)
+GPU_OPERATORS = OperatorLibrary("chargpt_test_gpu", "CUDA", Kernels, FUSED, gradient_in_forward=True)
 GPU_OPS = torch.ops.chargpt_test_gpu
 GPU_KEY = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 redirected = torch.library.Library("chargpt_test_gpu", "IMPL")
@@ -132,12 +134,12 @@ def counted() -> None:
 def attention(case: AttentionCase, *qkv: Tensor, **changes: Any) -> tuple[Tensor, Tensor]:
     options: dict[str, Any] = {"scale": 0.4, "dropout_p": 0.0, "window": None} | case.options | changes
     seed = torch.tensor(5) if options["dropout_p"] else None
-    return OPERATORS.causal_attention(*qkv, **options, seed=seed, return_lse=True)  # type: ignore[return-value]
+    return OPERATORS["causal_attention"](*qkv, **options, seed=seed, return_lse=True)  # type: ignore[return-value]
 
 
 def loss_of(logits: Tensor, targets: Tensor, **options: Any) -> Tensor:
     defaults = {"ignore_index": -100, "label_smoothing": 0.0, "z_loss": 0.0, "softcap": None, "reduction": "mean"}
-    return OPERATORS.softmax_cross_entropy(logits, targets, **defaults | options)
+    return OPERATORS["softmax_cross_entropy"](logits, targets, **defaults | options)
 
 
 @pytest.mark.parametrize("case", ATTENTION_CASES[::3], ids=lambda case: case.name)
@@ -188,7 +190,7 @@ def test_the_loss_and_its_gradient_are_the_kernels(case: CrossEntropyCase) -> No
     (gradient,) = torch.autograd.grad(loss, logits, upstream)
     assert calls == ({"loss": 1, "gradient": 1} if reduction == "none" else {"loss and gradient": 1, "scale": 1})
     defaults = {"ignore_index": -100, "label_smoothing": 0.0, "z_loss": 0.0, "softcap": None, "reduction": "mean"}
-    expected = reference.softmax_cross_entropy(logits, targets, **defaults | case.options)
+    expected = reference_cross_entropy(logits, targets, **defaults | case.options)
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(gradient, torch.autograd.grad(expected, logits, upstream)[0])
 
@@ -331,7 +333,7 @@ def test_inductor_finds_attention_in_both_passes(dropout_p: float) -> None:
     options: dict[str, Any] = {"scale": 0.4, "dropout_p": dropout_p, "window": None, "return_lse": False}
 
     def attend(*qkv: Tensor) -> Any:
-        return OPERATORS.causal_attention(*qkv, **options, seed=seed if dropout_p else None)
+        return OPERATORS["causal_attention"](*qkv, **options, seed=seed if dropout_p else None)
 
     torch.compile(attend, fullgraph=True, backend=compiler)(*case.inputs()).sum().backward()
     assert [node.target for node in found] == [OPS.causal_attention.default, OPS.causal_attention_backward.default]
@@ -368,7 +370,7 @@ def test_a_capture_refuses_dropout_in_both_passes_and_nothing_else(stream: Simpl
     def call(dropout_p: float, *qkv: Tensor) -> Any:
         seed = torch.tensor(5) if dropout_p else None
         options: dict[str, Any] = {"scale": 0.4, "dropout_p": dropout_p, "window": None, "seed": seed}
-        return GPU_OPERATORS.causal_attention(*qkv, **options, return_lse=False)
+        return GPU_OPERATORS["causal_attention"](*qkv, **options, return_lse=False)
 
     if compiled:
         torch.compiler.reset()
@@ -390,15 +392,15 @@ def test_a_capture_refuses_dropout_in_both_passes_and_nothing_else(stream: Simpl
     assert calls == {"attend": 2, "attend backward": 2}
 
 
-@pytest.mark.parametrize("operators", [cuda._OPERATORS, triton._OPERATORS], ids=["cuda", "triton"])
+@pytest.mark.parametrize("operators", [cuda.LIBRARY, triton.LIBRARY], ids=["cuda", "triton"])
 def test_the_kernels_of_both_implementations_refuse_it(
-    stream: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, operators: OperatorsWithGradient
+    stream: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, operators: OperatorLibrary
 ) -> None:
-    monkeypatch.setattr(operators, "_kernels", lambda: Kernels)
+    monkeypatch.setattr(operators, "kernels", lambda: Kernels)
     q, k, v = (x.detach() for x in AttentionCase("capture").inputs())
     out, lse = attend(q, k, v, 0.4, 0.0, None, None)
     forward, backward = (
-        partial(getattr(operators._ops, name).default.redispatch, GPU_KEY, *tensors)
+        partial(getattr(operators.ops, name).default.redispatch, GPU_KEY, *tensors)
         for name, tensors in (
             ("causal_attention", (q, k, v)),
             ("causal_attention_backward", (out, None, q, k, v, out, lse)),

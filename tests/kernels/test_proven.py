@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from chargpt.kernels import describe_implementations, proven
+from chargpt.kernels import describe_backends, proven
 
 ROOT = Path(__file__).parents[2]
 H100 = {"device": "NVIDIA H100 80GB HBM3", "capability": "9.0", "torch": "2.11.0+cu130", "time": "2026-07-01T10:00:00Z"}
@@ -223,7 +223,7 @@ def test_a_missing_file_likewise(machine: Callable[..., None]) -> None:
     machine((9, 0), content="")
     proven.FILE.unlink()
     assert "is missing or damaged; install chargpt again" in str(proven.why_not("triton"))
-    assert len(describe_implementations()) == 4
+    assert len(describe_backends()) == 4
 
 
 def test_importing_the_kernels_does_not_read_it() -> None:

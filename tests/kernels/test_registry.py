@@ -13,27 +13,27 @@ from hypothesis import strategies as st
 
 from chargpt.errors import ConfigError
 from chargpt.kernels import (
-    available_implementations,
+    available_backends,
     causal_attention,
-    cuda,
-    describe_implementations,
+    describe_backends,
     native,
     proven,
-    reference,
     registry,
     resolve,
     softmax_cross_entropy,
 )
+from chargpt.kernels.backends import cuda
 from chargpt.kernels.compiling import assume_constant_result
-from chargpt.kernels.registry import Choice, Implementation
+from chargpt.kernels.ops import OPERATIONS
+from chargpt.kernels.registry import Backend, Choice
 
 
 def test_the_reference_is_always_available_and_the_rest_say_why_not() -> None:
-    described = describe_implementations()
+    described = describe_backends()
     assert set(described) == {"torch", "cpp", "cuda", "triton"}
-    assert "torch" in available_implementations()
+    assert "torch" in available_backends()
     for name, sentence in described.items():
-        if name in available_implementations():
+        if name in available_backends():
             assert sentence.startswith("available: ")
         else:
             assert sentence.startswith("not available: ")
@@ -41,21 +41,21 @@ def test_the_reference_is_always_available_and_the_rest_say_why_not() -> None:
 
 
 @given(
-    st.sampled_from(registry.OPERATIONS),
+    st.sampled_from([*OPERATIONS]),
     st.sampled_from(["cpu", "cuda", "cuda:1", "mps", "meta"]),
     st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
 )
 @settings(deadline=None)  # the first call loads modules
-def test_auto_never_fails(operation: registry.Operation, device: str, dtype: torch.dtype) -> None:
+def test_auto_never_fails(operation: str, device: str, dtype: torch.dtype) -> None:
     choice = resolve(operation, device, dtype)
-    assert choice.name in available_implementations()
+    assert choice.name in available_backends()
     assert choice.reason
 
 
 def test_a_name_that_cannot_run_is_an_error_with_the_reason() -> None:
     q = torch.zeros(1, 1, 1, 1)
-    for name in {"cpp", "cuda", "triton"} - set(available_implementations()):
-        reason = describe_implementations()[name].removeprefix("not available: ")
+    for name in {"cpp", "cuda", "triton"} - set(available_backends()):
+        reason = describe_backends()[name].removeprefix("not available: ")
         with pytest.raises(ConfigError, match=f"kernels={name} cannot run causal_attention") as error:
             causal_attention(q, q, q, impl=name)
         assert reason in str(error.value)
@@ -71,14 +71,15 @@ def test_an_unknown_name_is_an_error_that_lists_the_known_ones() -> None:
 def test_auto_takes_the_first_that_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     def f() -> None: ...
 
+    both = {"causal_attention": f, "softmax_cross_entropy": f}
     table = (
-        Implementation("broken", "broken", f, f, problem=lambda: "no compiler"),
-        Implementation("gpu", "gpu", f, f, devices=("cuda",)),
-        Implementation("half", "half", f, None, dtypes=(torch.bfloat16,)),
-        registry.IMPLEMENTATIONS[-1],
+        Backend("broken", "broken", both, problem=lambda: "no compiler"),
+        Backend("gpu", "gpu", both, devices=("cuda",)),
+        Backend("half", "half", {"causal_attention": f}, dtypes=(torch.bfloat16,)),
+        registry.BACKENDS[-1],
     )
-    monkeypatch.setattr(registry, "IMPLEMENTATIONS", table)
-    assert available_implementations() == ("gpu", "half", "torch")
+    monkeypatch.setattr(registry, "BACKENDS", table)
+    assert available_backends() == ("gpu", "half", "torch")
     assert resolve("causal_attention", "cuda:0", torch.float32).name == "gpu"
     assert resolve("causal_attention", "cpu", torch.bfloat16).name == "half"
     assert resolve("softmax_cross_entropy", "cpu", torch.bfloat16).name == "torch"
@@ -100,9 +101,9 @@ def with_problems(monkeypatch: pytest.MonkeyPatch, unproven: str | None = None, 
         replace(entry, problem=lambda problem=problems[entry.name]: problem, unproven=lambda: unproven)
         if entry.name in problems
         else entry
-        for entry in registry.IMPLEMENTATIONS
+        for entry in registry.BACKENDS
     ]
-    monkeypatch.setattr(registry, "IMPLEMENTATIONS", tuple(table))
+    monkeypatch.setattr(registry, "BACKENDS", tuple(table))
 
 
 @pytest.mark.parametrize("operation", ["causal_attention", "softmax_cross_entropy"])
@@ -119,7 +120,7 @@ def with_problems(monkeypatch: pytest.MonkeyPatch, unproven: str | None = None, 
 )
 def test_auto_on_a_gpu_takes_cuda_then_triton(
     monkeypatch: pytest.MonkeyPatch,
-    operation: registry.Operation,
+    operation: str,
     dtype: torch.dtype,
     problems: dict[str, str | None],
     chosen: str,
@@ -137,7 +138,7 @@ UNPROVEN = "no pass of `make gpu` is recorded for compute capability 9.0"
 
 @pytest.mark.parametrize("operation", ["causal_attention", "softmax_cross_entropy"])
 def test_auto_leaves_alone_what_is_unproven_here_and_a_name_does_not(
-    monkeypatch: pytest.MonkeyPatch, operation: registry.Operation
+    monkeypatch: pytest.MonkeyPatch, operation: str
 ) -> None:
     with_problems(monkeypatch, UNPROVEN, cuda=None, triton=None)
     choice = resolve(operation, "cuda", torch.bfloat16)
@@ -145,29 +146,29 @@ def test_auto_leaves_alone_what_is_unproven_here_and_a_name_does_not(
     assert choice.reason == (f"not cuda, because {UNPROVEN}; not triton, because {UNPROVEN}")
     for name in ("cuda", "triton"):
         assert resolve(operation, "cuda", torch.bfloat16, name) == Choice(name, "asked for by name")
-    assert {"cuda", "triton"} < set(available_implementations())
+    assert {"cuda", "triton"} < set(available_backends())
     with_problems(monkeypatch, cuda="not built", triton=None)
     assert resolve(operation, "cuda", torch.bfloat16).name == "triton"
 
 
 def test_what_auto_leaves_alone_is_described_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
     with_problems(monkeypatch, UNPROVEN, cuda=None, triton="not installed")
-    described = describe_implementations()
+    described = describe_backends()
     assert described["cuda"] == f"available: CUDA kernels; auto leaves them alone: {UNPROVEN}"
     assert described["triton"] == "not available: not installed"
     with_problems(monkeypatch, cuda=None)
-    assert describe_implementations()["cuda"] == "available: CUDA kernels"
+    assert describe_backends()["cuda"] == "available: CUDA kernels"
 
 
 def test_the_gpus_kernels_and_no_others_must_be_proven(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(proven, "why_not", lambda name: f"{name} is unproven")
-    found = {entry.name: entry.unproven() for entry in registry.IMPLEMENTATIONS}
+    found = {entry.name: entry.unproven() for entry in registry.BACKENDS}
     assert found == {"cuda": "cuda is unproven", "triton": "triton is unproven", "cpp": None, "torch": None}
 
 
-@pytest.mark.parametrize("operation", registry.SMALL)
+@pytest.mark.parametrize("operation", [name for name, one in OPERATIONS.items() if one.small])
 def test_the_small_operations_on_a_gpu_are_the_references_whatever_name_a_model_gives(
-    monkeypatch: pytest.MonkeyPatch, operation: registry.Operation
+    monkeypatch: pytest.MonkeyPatch, operation: str
 ) -> None:
     with_problems(monkeypatch, cuda=None, triton="not installed")
     assert resolve(operation, "cuda", torch.float32).name == "torch"
@@ -211,9 +212,9 @@ def test_why_the_cuda_kernels_cannot_run(
 
 
 def test_the_last_entry_serves_everything() -> None:
-    last = registry.IMPLEMENTATIONS[-1]
+    last = registry.BACKENDS[-1]
     assert (last.devices, last.dtypes, last.problem()) == (None, None, None)
-    assert last.causal_attention is reference.causal_attention
+    assert all(last.functions[name] is one.reference for name, one in OPERATIONS.items())
 
 
 def test_importing_the_kernels_and_choosing_for_a_cpu_imports_no_compiler_and_nothing_of_a_gpu() -> None:

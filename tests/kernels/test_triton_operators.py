@@ -17,9 +17,11 @@ import torch
 from packaging.version import Version
 from torch import Tensor
 
-from chargpt.kernels import reference
-from chargpt.kernels.operators import OperatorsWithGradient
-from chargpt.kernels.triton import operators as triton_operators
+from chargpt.kernels.backends.triton import backend as triton_backend
+from chargpt.kernels.ops import OPERATIONS
+from chargpt.kernels.ops.attention import reference as reference_attention
+from chargpt.kernels.ops.common import OperatorLibrary
+from chargpt.kernels.ops.cross_entropy import reference as reference_cross_entropy
 
 from .cases import ALL_OPTIONS, AttentionCase, CrossEntropyCase
 
@@ -40,9 +42,12 @@ def test_in_a_process_that_interprets() -> None:
     assert " passed" in done.stdout
 
 
+FUSED = (OPERATIONS["causal_attention"], OPERATIONS["softmax_cross_entropy"])
+
+
 @pytest.fixture(scope="module")
-def operators() -> OperatorsWithGradient:
-    return OperatorsWithGradient("chargpt_triton_on_cpu", "CPU", triton_operators.kernels)
+def operators() -> OperatorLibrary:
+    return OperatorLibrary("chargpt_triton_on_cpu", "CPU", triton_backend.kernels, FUSED, gradient_in_forward=True)
 
 
 ATTENTION = [
@@ -54,11 +59,11 @@ ATTENTION = [
 
 @interpreted
 @pytest.mark.parametrize("case", ATTENTION, ids=lambda case: case.name)
-def test_attention_and_its_gradients(operators: OperatorsWithGradient, case: AttentionCase) -> None:
+def test_attention_and_its_gradients(operators: OperatorLibrary, case: AttentionCase) -> None:
     inputs = case.inputs(torch.float32)
     options: dict[str, Any] = {"scale": 0.4, "dropout_p": 0.0, "window": None} | case.options
     options |= {"seed": torch.tensor(5) if options["dropout_p"] else None, "return_lse": True}
-    got, expected = operators.causal_attention(*inputs, **options), reference.causal_attention(*inputs, **options)
+    got, expected = operators["causal_attention"](*inputs, **options), reference_attention(*inputs, **options)
     torch.testing.assert_close(got, expected)
     upstream = [torch.randn_like(x) for x in got]
     ours, theirs = (torch.autograd.grad(x, inputs, upstream, materialize_grads=True) for x in (got, expected))
@@ -68,11 +73,11 @@ def test_attention_and_its_gradients(operators: OperatorsWithGradient, case: Att
 @interpreted
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 @pytest.mark.parametrize("options", [{}, ALL_OPTIONS], ids=["plain", "everything"])
-def test_the_loss_and_its_gradient(operators: OperatorsWithGradient, options: dict[str, float], reduction: str) -> None:
+def test_the_loss_and_its_gradient(operators: OperatorLibrary, options: dict[str, float], reduction: str) -> None:
     logits, targets = CrossEntropyCase("seam", shape=(3, 4), V=65, ignored=0.2).inputs(torch.float32)
     named: Any = {"ignore_index": -100, "label_smoothing": 0.0, "z_loss": 0.0, "softcap": None} | options
-    got = operators.softmax_cross_entropy(logits, targets, **named, reduction=reduction)
-    expected = reference.softmax_cross_entropy(logits, targets, **named, reduction=reduction)
+    got = operators["softmax_cross_entropy"](logits, targets, **named, reduction=reduction)
+    expected = reference_cross_entropy(logits, targets, **named, reduction=reduction)
     torch.testing.assert_close(got, expected)
     upstream = torch.linspace(0.5, 2, got.numel()).reshape(got.shape)
     for _ in range(2):  # the first is the forward's gradient, the second is computed from the logits
@@ -81,7 +86,7 @@ def test_the_loss_and_its_gradient(operators: OperatorsWithGradient, options: di
 
 
 @interpreted
-def test_opcheck(operators: OperatorsWithGradient) -> None:
+def test_opcheck(operators: OperatorLibrary) -> None:
     ops = torch.ops.chargpt_triton_on_cpu
 
     def check(operator: Any, *arguments: Any) -> Any:

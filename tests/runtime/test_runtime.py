@@ -12,7 +12,8 @@ from chargpt.cli.info import as_text, collect
 from chargpt.config import TrainConfig, override
 from chargpt.errors import ConfigError
 from chargpt.kernels import native
-from chargpt.kernels.registry import SMALL, Choice
+from chargpt.kernels.ops import OPERATIONS
+from chargpt.kernels.registry import Choice
 from chargpt.runtime import available_memory, device, device_name, memory, resolve_device, resolve_runtime
 
 AUTO = TrainConfig()
@@ -137,7 +138,11 @@ def test_info_says_what_exists_and_why_the_rest_does_not() -> None:
         assert state.startswith(("available: ", "not available: "))
         assert len(state) > len("not available: ")
     chosen = info["chosen"]["cpu"]
-    assert set(chosen) == {"causal_attention", "softmax_cross_entropy", *SMALL}
+    assert set(chosen) == {
+        "causal_attention",
+        "softmax_cross_entropy",
+        *(name for name, one in OPERATIONS.items() if one.small),
+    }
     assert "+".join(dict.fromkeys(chosen.values())) == resolve_runtime(override(runs.BIGRAM, ["kernels=auto"])).kernels
     text = as_text(info)
     for name in (*info["kernels"], "torch ", "native module: ", "cuda module: ", "gpus: "):

@@ -18,9 +18,9 @@ import triton.language as tl
 from triton import Config
 
 from chargpt.kernels.philox import dropout_keep_mask, philox_4x32
-from chargpt.kernels.triton import attention, cross_entropy, problem
-from chargpt.kernels.triton.numerics import narrow
-from chargpt.kernels.triton.philox import keep_tile
+from chargpt.kernels.backends.triton import attention, cross_entropy, problem
+from chargpt.kernels.backends.triton.numerics import narrow
+from chargpt.kernels.backends.triton.philox import keep_tile
 
 from ..cases import (
     ATTENTION_CASES,

@@ -25,7 +25,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime.driver import driver  # noqa: E402
 
-from chargpt.kernels.triton import attention, cross_entropy  # noqa: E402
+from chargpt.kernels.backends.triton import attention, cross_entropy  # noqa: E402
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10}  # bytes for one block
@@ -248,6 +248,6 @@ def test_importing_chargpt_imports_no_triton_kernels_and_needs_no_triton() -> No
         import chargpt.kernels
         from chargpt.kernels import triton
         assert triton.problem() == "triton is not installed"
-        assert "chargpt.kernels.triton.attention" not in sys.modules
+        assert "chargpt.kernels.backends.triton.attention" not in sys.modules
     """
     subprocess.run([sys.executable, "-c", program], check=True)

@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import Config
 
-from chargpt.kernels.triton.numerics import narrow, tanh
+from chargpt.kernels.backends.triton.numerics import narrow, tanh
 
 LONGEST_WHOLE_ROW = 8192
 # Numbers that one program counts or adds: this project's batch, 64 x 256 rows, in one launch, and 2²⁸ in two. They are

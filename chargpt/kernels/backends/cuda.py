@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chargpt.kernels import native, reference
+from chargpt.kernels import native
 from chargpt.kernels.compiling import assume_constant_result
-from chargpt.kernels.operators import OperatorsWithGradient
+from chargpt.kernels.ops import attention, cross_entropy
+from chargpt.kernels.ops.common import OperatorLibrary
 
 CAPABILITY = (8, 0)  # the oldest: Ampere, the first with bfloat16 in tensor cores and with asynchronous copies
 WIDE_HEAD_SIZE = 128  # above it, float32 heads need more shared memory than some GPUs give a block
@@ -18,15 +19,19 @@ def _module() -> Any:
     return native.load_cuda().module
 
 
-_OPERATORS = OperatorsWithGradient("chargpt_cuda", "CUDA", _module)
-softmax_cross_entropy = _OPERATORS.softmax_cross_entropy
+LIBRARY = OperatorLibrary(
+    "chargpt_cuda", "CUDA", _module, (attention.OPERATION, cross_entropy.OPERATION), gradient_in_forward=True
+)
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor | tuple[Tensor, Tensor]:
-    """As `reference.causal_attention`; heads that the kernels or this GPU are too small for are left to it."""
+    """As the reference; heads that the kernels or this GPU are too small for are left to it."""
     if q.dtype == torch.float32 and q.shape[-1] > WIDE_HEAD_SIZE and not _has_room_for_wide_heads(q.device):
-        return reference.causal_attention(q, k, v, **options)
-    return _OPERATORS.causal_attention(q, k, v, **options)
+        return attention.reference(q, k, v, **options)
+    return LIBRARY["causal_attention"](q, k, v, **options)  # type: ignore[no-any-return]
+
+
+FUNCTIONS = {"causal_attention": causal_attention, "softmax_cross_entropy": LIBRARY["softmax_cross_entropy"]}
 
 
 @assume_constant_result

@@ -31,8 +31,8 @@ import triton.language as tl
 from torch import Tensor
 from triton import Config
 
-from chargpt.kernels.triton.numerics import dot, exp_of_scores, narrow, rounded_product
-from chargpt.kernels.triton.philox import keep_tile
+from chargpt.kernels.backends.triton.numerics import dot, exp_of_scores, narrow, rounded_product
+from chargpt.kernels.backends.triton.philox import keep_tile
 
 MAX_HEAD_SIZE = 256
 # Values that change from call to call, or say nothing about alignment: one compilation serves them all.

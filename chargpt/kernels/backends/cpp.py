@@ -5,21 +5,23 @@ GPT a trip through Python operators costs as much as the kernel. Whatever needs 
 the same C++.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from chargpt.kernels import native, reference
-from chargpt.kernels.block_operators import BlockOperators
-from chargpt.kernels.operators import MAX_HEAD_SIZE
+from chargpt.kernels import native
+from chargpt.kernels.ops import OPERATIONS
+from chargpt.kernels.ops.attention import MAX_HEAD_SIZE
+from chargpt.kernels.ops.common import OperatorLibrary
 
 
 def _module() -> Any:
     return native.load().module
 
 
-_OPERATORS = BlockOperators("chargpt", "CPU", _module)  # csrc/bindings.cpp looks its operators up by these names
+LIBRARY = OperatorLibrary("chargpt", "CPU", _module, [*OPERATIONS.values()])  # csrc looks these names up
 
 
 def causal_attention(
@@ -33,11 +35,11 @@ def causal_attention(
     seed: Tensor | None,
     return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """As `reference.causal_attention`, for float32, bfloat16 and float64 on the CPU; D above 256 is left to it."""
+    """As the reference, for float32, bfloat16 and float64 on the CPU; D above 256 is left to it."""
     if q.shape[-1] <= MAX_HEAD_SIZE and not torch.compiler.is_compiling() and _module().is_plain(q, k, v):
         outputs = _module().causal_attention(q, k, v, scale, dropout_p, window, seed)
         return outputs if return_lse else outputs[0]  # type: ignore[no-any-return]
-    return _OPERATORS.causal_attention(
+    return LIBRARY["causal_attention"](  # type: ignore[no-any-return]
         q, k, v, scale=scale, dropout_p=dropout_p, window=window, seed=seed, return_lse=return_lse
     )
 
@@ -52,11 +54,11 @@ def softmax_cross_entropy(
     softcap: float | None,
     reduction: str,
 ) -> Tensor:
-    """As `reference.softmax_cross_entropy`, for float32, bfloat16 and float64 logits on the CPU."""
+    """As the reference, for float32, bfloat16 and float64 logits on the CPU."""
     if not torch.compiler.is_compiling() and _module().is_plain(logits, targets):
         options = (ignore_index, label_smoothing, z_loss, softcap, reduction)
         return _module().softmax_cross_entropy(logits, targets, *options)  # type: ignore[no-any-return]
-    return _OPERATORS.softmax_cross_entropy(
+    return LIBRARY["softmax_cross_entropy"](  # type: ignore[no-any-return]
         logits,
         targets,
         ignore_index=ignore_index,
@@ -68,16 +70,16 @@ def softmax_cross_entropy(
 
 
 def add_rms_norm(x: Tensor, y: Tensor | None, *, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """As `reference.add_rms_norm`, for float32, bfloat16 and float64 on the CPU.
+    """As the reference, for float32, bfloat16 and float64 on the CPU.
 
     y and the norm may be bfloat16 beside a float32 x; other mixtures are left to the reference, and so is
     torch.compile, which fuses it.
     """
     if torch.compiler.is_compiling() or not _same_or_half(x.dtype, x.dtype if y is None else y.dtype, dtype):
-        return reference.add_rms_norm(x, y, dtype=dtype)
+        return OPERATIONS["add_rms_norm"].reference(x, y, dtype=dtype)  # type: ignore[no-any-return]
     if _module().is_plain(x) if y is None else _module().is_plain(x, y):
         return _module().add_rms_norm(x, y, dtype)  # type: ignore[no-any-return]
-    return _OPERATORS.add_rms_norm(x, y, dtype=dtype)
+    return LIBRARY["add_rms_norm"](x, y, dtype=dtype)  # type: ignore[no-any-return]
 
 
 def qkv_heads(
@@ -90,28 +92,37 @@ def qkv_heads(
     n_kv_head: int,
     qk_norm: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `reference.qkv_heads`, for float32, bfloat16 and float64 on the CPU.
+    """As the reference, for float32, bfloat16 and float64 on the CPU.
 
     Value rows that are neither of the dtype of qkv nor float32 beside a bfloat16 qkv are cast before; torch.compile is
     left to the reference, which it fuses.
     """
     options: Any = {"n_head": n_head, "n_kv_head": n_kv_head, "qk_norm": qk_norm}
     if torch.compiler.is_compiling():
-        return reference.qkv_heads(qkv, value_rows, cos, sin, **options)
+        return OPERATIONS["qkv_heads"].reference(qkv, value_rows, cos, sin, **options)  # type: ignore[no-any-return]
     if value_rows is not None and not _same_or_half(value_rows.dtype, qkv.dtype):
         value_rows = value_rows.to(qkv.dtype)
     if _module().is_plain(*(x for x in (qkv, value_rows, cos, sin) if x is not None)):
         return _module().qkv_heads(qkv, value_rows, cos, sin, n_head, n_kv_head, qk_norm)  # type: ignore[no-any-return]
-    return _OPERATORS.qkv_heads(qkv, value_rows, cos, sin, **options)
+    return LIBRARY["qkv_heads"](qkv, value_rows, cos, sin, **options)  # type: ignore[no-any-return]
 
 
 def relu_squared(x: Tensor) -> Tensor:
-    """As `reference.relu_squared`, for float32, bfloat16 and float64 on the CPU; torch.compile is left to it."""
+    """As the reference, for float32, bfloat16 and float64 on the CPU; torch.compile is left to it."""
     if torch.compiler.is_compiling():
-        return reference.relu_squared(x)
-    return _module().relu_squared(x) if _module().is_plain(x) else _OPERATORS.relu_squared(x)
+        return OPERATIONS["relu_squared"].reference(x)  # type: ignore[no-any-return]
+    return _module().relu_squared(x) if _module().is_plain(x) else LIBRARY["relu_squared"](x)  # type: ignore[no-any-return]
 
 
 def _same_or_half(dtype: torch.dtype, *others: torch.dtype) -> bool:
     """Whether the kernels take these dtypes beside `dtype`: each the same, or bfloat16 beside float32."""
     return all(x == dtype or (dtype == torch.float32 and x == torch.bfloat16) for x in others)
+
+
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "causal_attention": causal_attention,
+    "softmax_cross_entropy": softmax_cross_entropy,
+    "add_rms_norm": add_rms_norm,
+    "qkv_heads": qkv_heads,
+    "relu_squared": relu_squared,
+}

@@ -1,14 +1,15 @@
-"""The Triton kernels, as functions that take what the reference takes. The first call imports Triton, not this file."""
+"""The Triton kernels, as functions that take what the references take. The first call imports Triton, not this file."""
 
 import functools
 from types import SimpleNamespace
 
-from chargpt.kernels.operators import OperatorsWithGradient
+from chargpt.kernels.ops import attention, cross_entropy
+from chargpt.kernels.ops.common import OperatorLibrary
 
 
 @functools.cache
 def kernels() -> SimpleNamespace:
-    from chargpt.kernels.triton import attention, cross_entropy
+    from chargpt.kernels.backends.triton import attention, cross_entropy
 
     return SimpleNamespace(
         causal_attention_forward=attention.causal_attention_forward,
@@ -19,6 +20,7 @@ def kernels() -> SimpleNamespace:
     )
 
 
-_OPERATORS = OperatorsWithGradient("chargpt_triton", "CUDA", kernels)
-causal_attention = _OPERATORS.causal_attention
-softmax_cross_entropy = _OPERATORS.softmax_cross_entropy
+LIBRARY = OperatorLibrary(
+    "chargpt_triton", "CUDA", kernels, (attention.OPERATION, cross_entropy.OPERATION), gradient_in_forward=True
+)
+FUNCTIONS = LIBRARY.functions

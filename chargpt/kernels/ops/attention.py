@@ -1,0 +1,282 @@
+"""Causal attention: the public function, its reference, and the operators that a backend's kernels become.
+
+The dropout seed lies on the CPU and becomes an argument of the launch, which a CUDA graph would repeat at every replay.
+So torch.compile leaves attention out of its graphs, by a tag that cannot depend on dropout; a graph that somebody else
+captures may hold attention without dropout, and with dropout it is refused.
+"""
+
+import math
+from typing import Any, Literal, overload
+
+import torch
+from torch import Generator, Tensor
+
+from chargpt.kernels import registry
+from chargpt.kernels.ops.common import Operation, OperatorLibrary, computing_dtype, inside_functorch, shape_of
+from chargpt.kernels.philox import dropout_keep_mask, refuse_capture
+
+MAX_HEAD_SIZE = 256  # the largest D that the kernels take: kMaxHeadSize in csrc/
+NAMES = ("scale", "dropout_p", "window", "seed")
+OPTIONS = "float scale, float dropout_p, int? window, Tensor? seed"
+
+
+@overload
+def causal_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = ...,
+    dropout_p: float = ...,
+    window: int | None = ...,
+    generator: Generator | None = ...,
+    return_lse: Literal[False] = ...,
+    impl: str = ...,
+) -> Tensor: ...
+@overload
+def causal_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = ...,
+    dropout_p: float = ...,
+    window: int | None = ...,
+    generator: Generator | None = ...,
+    return_lse: Literal[True],
+    impl: str = ...,
+) -> tuple[Tensor, Tensor]: ...
+def causal_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    window: int | None = None,
+    generator: Generator | None = None,
+    return_lse: bool = False,
+    impl: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Causal scaled dot-product attention (Vaswani et al. 2017, equation 1), with grouped key and value heads.
+
+    q: (B, H, T, D), floating; any strides
+    k, v: (B, H_kv, S, D), H a multiple of H_kv: query head h reads key and value head h // (H / H_kv); S ≥ T ≥ 0.
+        Queries and keys are aligned at the end: query i sees the keys up to S − T + i.
+    scale: factor on q·k; None: 1 / √D
+    dropout_p: probability in [0, 1) that an attention weight is dropped, after the softmax; others grow by 1 / (1 − p)
+    window: each query sees only the last `window` of its keys, itself included; None: all
+    generator: the CPU generator that dropout draws its 64-bit seed from; None: torch's default one. The mask is a
+        function of that seed and of positions alone (`philox.dropout_keep_mask`), so it is the same on every device
+        and in every implementation. Nothing is drawn when dropout_p is 0.
+    return_lse: also return, for each query, the natural logarithm of Σ exp(scaled scores), before dropout
+    impl: "auto", or the name of an implementation
+    returns: O (B, H, T, D) in the dtype of q; with return_lse also lse (B, H, T) in float32, or float64 for float64
+
+    bfloat16, float16 and float32 are accumulated in float32, inside autocast regions too. There q, k and v may have
+    different dtypes (a normalised q beside a v from a linear layer): then all three are cast to the region's dtype.
+
+    Raises ValueError for tensors that do not fit together, ConfigError when `impl` cannot run, RuntimeError when a CUDA
+    graph would capture dropout, in either pass: the seed is read on the host, so replays would repeat one mask.
+    """
+    if not q.dtype == k.dtype == v.dtype and torch.is_autocast_enabled(q.device.type):
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    _check(q, k, v, dropout_p, window)
+    seed = None
+    if dropout_p > 0:
+        seed = torch.randint(2**63 - 1, (), generator=generator)
+    chosen = registry.function("causal_attention", q.device.type, q.dtype, impl)
+    return chosen(  # type: ignore[no-any-return]
+        q,
+        k,
+        v,
+        scale=1 / math.sqrt(q.shape[-1]) if scale is None else scale,
+        dropout_p=dropout_p,
+        window=window,
+        seed=seed,
+        return_lse=return_lse,
+    )
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, window: int | None) -> None:
+    if q.dim() != 4 or k.dim() != 4:
+        raise ValueError(f"q must be (B, H, T, D) and k (B, H_kv, S, D), got {shape_of(q)} and {shape_of(k)}")
+    if k.shape != v.shape:
+        raise ValueError(f"k and v must have one shape, got k {shape_of(k)} and v {shape_of(v)}")
+    B, H, T, D = q.shape
+    B_k, H_kv, S, D_k = k.shape
+    if B_k != B or D_k != D or D == 0:
+        raise ValueError(f"q and k must agree in B and D, and D be at least 1, got q {shape_of(q)} and k {shape_of(k)}")
+    if H_kv == 0 or H % H_kv:
+        raise ValueError(f"the heads of q must be a multiple of those of k and v, got {H} and {H_kv}")
+    if S < T:
+        raise ValueError(f"k must have at least as many positions as q, got S={S} and T={T}")
+    if not q.dtype.is_floating_point or not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k and v must have one floating dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
+    if not q.device == k.device == v.device:
+        raise ValueError(f"q, k and v must be on one device, got {q.device}, {k.device} and {v.device}")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
+    if window is not None and window < 1:
+        raise ValueError(f"window must be at least 1 or None, got {window}")
+
+
+# ------------------------------------------------------------------------------------------------------------ reference
+
+
+def reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    dropout_p: float,
+    window: int | None,
+    seed: Tensor | None,
+    return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """softmax(scale · Q Kᵀ, causally masked), dropped out, times V. Vaswani et al. 2017, equation 1.
+
+    q: (B, H, T, D); k, v: (B, H_kv, S, D); query head h reads key and value head h // (H / H_kv)
+    seed: int64 scalar on the CPU that fixes the dropout mask, as `philox.dropout_keep_mask` says; None: no dropout
+    returns: O (B, H, T, D) in the dtype of q; lse (B, H, T) in the computing dtype
+    """
+    B, H, T, D = q.shape
+    H_kv, S = k.shape[1], k.shape[2]
+    group = H // H_kv
+    dtype = computing_dtype(q)
+
+    with torch.autocast(q.device.type, enabled=False):
+        # The query heads that share a key head are stacked into one taller matrix, so K and V are never repeated.
+        Q = q.to(dtype).reshape(B * H_kv, group * T, D)
+        K = k.to(dtype).reshape(B * H_kv, S, D)
+        V = v.to(dtype).reshape(B * H_kv, S, D)
+        mask = _causal_mask(T, S, window, dtype, q.device).repeat(group, 1)  # (group · T, S)
+        scores = torch.baddbmm(mask, Q, K.mT, alpha=scale)  # (B · H_kv, group · T, S)
+        P = scores.softmax(dim=-1)
+        if seed is not None:
+            keep = dropout_keep_mask(seed, dropout_p, B * H, T, S, q.device).view_as(P)
+            P = P * (keep.to(dtype) / (1 - dropout_p))
+        out = (P @ V).view(B, H, T, D).to(q.dtype)
+        if return_lse:
+            return out, scores.logsumexp(dim=-1).view(B, H, T)
+    return out
+
+
+def _causal_mask(T: int, S: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(T, S): 0 where query i may look, that is at keys S − T + i − window < s ≤ S − T + i, and −∞ elsewhere."""
+    hidden = torch.full((T, S), -torch.inf, dtype=dtype, device=device)
+    future = hidden.triu(S - T + 1)
+    return future if window is None else future + hidden.tril(S - T - window)
+
+
+# ------------------------------------------------------------------------------------------------------------ operators
+
+
+def register(library: OperatorLibrary) -> Any:
+    """Operators over the kernels
+
+    - `causal_attention_forward(q, k, v, *options) -> O, lse`,
+    - `causal_attention_backward(dO?, dlse?, q, k, v, O, lse, *options) -> dQ, dK, dV`,
+
+    where `options` are the values of NAMES, and O, dQ, dK and dV come over (B, T, H, D) memory.
+    """
+
+    def call(kernel: str, *arguments: Any) -> Any:
+        if library.device == "CUDA" and arguments[-1] is not None:
+            refuse_capture()
+        return getattr(library.kernels(), kernel)(*arguments)
+
+    def differentiate(ctx: Any, out: Tensor | None, lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        *tensors, seed = ctx.saved_tensors
+        gradients = library.ops.causal_attention_backward(out, lse, *tensors, *ctx.options, seed)
+        return *gradients, *[None] * (1 + len(ctx.options))
+
+    library.define(
+        "causal_attention",
+        f"(Tensor q, Tensor k, Tensor v, {OPTIONS}) -> (Tensor out, Tensor lse)",
+        lambda *arguments: call("causal_attention_forward", *arguments),
+        _fake_attend,
+        (_save_for_attend, differentiate),
+        (torch.Tag.cudagraph_unsafe,),
+    )
+    library.define(
+        "causal_attention_backward",
+        "(Tensor? out_gradient, Tensor? lse_gradient, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+        f"{OPTIONS}) -> (Tensor dq, Tensor dk, Tensor dv)",
+        lambda *arguments: call("causal_attention_backward", *arguments),
+        _fake_attend_backward,
+        (_save_for_attend_backward, _differentiate_attend_backward),
+        (torch.Tag.cudagraph_unsafe,),
+    )
+
+    def attend(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float,
+        dropout_p: float,
+        window: int | None,
+        seed: Tensor | None,
+        return_lse: bool,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """As `reference`; D above MAX_HEAD_SIZE is left to it."""
+        options = (scale, dropout_p, window, seed)
+        if q.shape[-1] > MAX_HEAD_SIZE or inside_functorch():
+            named: Any = dict(zip(NAMES, options, strict=True))
+            return reference(q, k, v, **named, return_lse=return_lse)
+        outputs = library.ops.causal_attention(q, k, v, *options)
+        return outputs if return_lse else outputs[0]  # type: ignore[no-any-return]
+
+    return attend
+
+
+def _fake_attend(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return _empty_by_time(q), q.new_empty(q.shape[:3], dtype=computing_dtype(q))
+
+
+def _fake_attend_backward(_: Any, __: Any, q: Tensor, k: Tensor, v: Tensor, *___: Any) -> tuple[Tensor, ...]:
+    return _empty_by_time(q), _empty_by_time(k), _empty_by_time(v)
+
+
+def _save_for_attend(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, *ctx.options, seed = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, *output, seed)
+
+
+def _save_for_attend_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    out_gradient, lse_gradient, q, k, v, out, lse, *ctx.options, seed = inputs
+    ctx.save_for_backward(out_gradient, lse_gradient, q, k, v, out, lse, seed)
+
+
+def _differentiate_attend_backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+    """Second and higher derivatives are rare and have no kernel: they are the reference's."""
+    out_gradient, lse_gradient, q, k, v, out, lse, seed = ctx.saved_tensors
+    options = dict(zip(NAMES, (*ctx.options, seed), strict=True))
+    given = [gradient is not None for gradient in (out_gradient, lse_gradient)]
+    cotangents = (
+        torch.zeros_like(out) if out_gradient is None else out_gradient,
+        torch.zeros_like(lse) if lse_gradient is None else lse_gradient,
+    )
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Any:
+        return reference(q, k, v, **options, return_lse=True)
+
+    def gradient(cotangents: tuple[Tensor, Tensor], q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        return torch.func.vjp(attend, q, k, v)[1](cotangents)  # type: ignore[no-any-return]
+
+    dcotangents, *dqkv = torch.func.vjp(gradient, cotangents, q, k, v)[1](tuple(upstream))
+    dcotangents = [x if wanted else None for x, wanted in zip(dcotangents, given, strict=True)]
+    return *dcotangents, *dqkv, None, None, *[None] * (1 + len(ctx.options))
+
+
+def _empty_by_time(x: Tensor) -> Tensor:
+    """As x (B, H, T, D), over (B, T, H, D) memory."""
+    B, H, T, D = x.shape
+    return x.new_empty((B, T, H, D)).transpose(1, 2)
+
+
+OPERATION = Operation("causal_attention", reference, register)

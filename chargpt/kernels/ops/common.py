@@ -1,0 +1,91 @@
+"""What the operations share: an operation, the library of operators that a backend's kernels become, small helpers.
+
+Every backend has the same operators in a namespace of its own, so that two of them can serve one device. An operator is
+what torch.compile, fake tensors and dispatch modes can see. Inside torch.func transforms the reference computes,
+because they do not look into operators that are registered from Python.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation as backends see it; the public function stands beside it, in its module."""
+
+    name: str
+    reference: Callable[..., Any]  # the specification: takes checked arguments, runs everywhere
+    register: Callable[["OperatorLibrary"], Callable[..., Any]]  # defines operators; a function like `reference`
+    # Small ones are a compiler's work on a GPU, which fuses the reference. A backend without one leaves it to the
+    # reference, also when the backend is asked for by name, so that one name serves a whole model.
+    small: bool = False
+
+
+class OperatorLibrary:
+    """The operators `torch.ops.<namespace>.…` of one backend, and functions that take what the references take.
+
+    device: the dispatch key that the kernels serve, "CPU" or "CUDA"
+    kernels: gives the kernels, plain functions of tensors that know nothing of autograd; called by every kernel call,
+        so that loading can wait for the first one. What they must be, each operation's `register` says.
+    gradient_in_forward: whether the forward of cross-entropy can compute the gradient too
+    """
+
+    def __init__(
+        self,
+        namespace: str,
+        device: str,
+        kernels: Callable[[], Any],
+        operations: Sequence[Operation],
+        gradient_in_forward: bool = False,
+    ) -> None:
+        self._library = torch.library.Library(namespace, "DEF")  # type: ignore[no-untyped-call]
+        self.device, self.kernels, self.gradient_in_forward = device, kernels, gradient_in_forward
+        self.ops = getattr(torch.ops, namespace)
+        self.functions: Mapping[str, Callable[..., Any]] = {one.name: one.register(self) for one in operations}
+
+    def __getitem__(self, operation: str) -> Callable[..., Any]:
+        return self.functions[operation]
+
+    def define(
+        self,
+        name: str,
+        schema: str,
+        kernel: Callable[..., Any],
+        fake: Callable[..., Any],
+        autograd: tuple[Callable[..., Any], Callable[..., Any]] | None = None,
+        tags: tuple[torch.Tag, ...] = (),
+    ) -> None:
+        """autograd: what to save, and how to differentiate."""
+        self._library.define(name + schema, tags=tags)  # type: ignore[no-untyped-call]
+        self._library.impl(name, kernel, self.device)  # type: ignore[no-untyped-call]
+        qualified = f"{self._library.ns}::{name}"
+        torch.library.register_fake(qualified, fake, lib=self._library)
+        if autograd is not None:
+            save, differentiate = autograd
+            torch.library.register_autograd(qualified, differentiate, setup_context=save, lib=self._library)
+
+
+def inside_functorch() -> bool:
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def second_derivative(f: Callable[[Tensor], Any], cotangents: Any, x: Tensor, upstream: Tensor) -> tuple[Any, Tensor]:
+    """The gradients, with respect to the cotangents and to x, of f's gradient. Rare: they have no kernel."""
+
+    def gradient(cotangents: Any, x: Tensor) -> Tensor:
+        return torch.func.vjp(f, x)[1](cotangents)[0]  # type: ignore[no-any-return]
+
+    return torch.func.vjp(gradient, cotangents, x)[1](upstream)  # type: ignore[no-any-return]
+
+
+def computing_dtype(x: Tensor) -> torch.dtype:
+    """What the references compute in, and the dtype of what kernels keep for each row."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def shape_of(x: Tensor) -> str:
+    return str(tuple(x.shape))
