@@ -80,7 +80,7 @@ sanitize: $(SANITIZED:%=build/sanitize/%)  ## run the C++ under AddressSanitizer
 	for kernel in $^; do for isa in plain avx2 avx512 avx512_bf16; do \
 		CHARGPT_CPU_ISA=$$isa UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 $$kernel || exit 1; done; done
 
-build/sanitize/%: csrc/tests/%_test.cpp csrc/cpu/%.cpp $(wildcard csrc/cpu/*)
+build/sanitize/%: csrc/tests/%_test.cpp csrc/cpu/%.cpp $(wildcard csrc/cpu/* csrc/common/*)
 	@mkdir -p $(@D)
 	$(CXX) -std=c++20 -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined \
 		csrc/tests/$*_test.cpp csrc/cpu/$*.cpp -o $@

@@ -22,11 +22,12 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-SOURCES = ["csrc/bindings.cpp", "csrc/bindings_block.cpp", *sorted(glob.glob("csrc/cpu/*.cpp"))]
+BINDINGS_CUDA = "csrc/bindings/cuda.cpp"
+SOURCES = sorted({*glob.glob("csrc/bindings/*.cpp"), *glob.glob("csrc/cpu/*.cpp")} - {BINDINGS_CUDA})
 COMPILE_ARGS = ["-O3", "-g0", "-fvisibility=hidden", "-fopenmp"]  # OpenMP as torch uses: at::parallel_for is inline
 LINK_ARGS = ["-fopenmp"]
 
-CUDA_SOURCES = ["csrc/bindings_cuda.cpp", *sorted(glob.glob("csrc/cuda/*.cu"))]
+CUDA_SOURCES = [BINDINGS_CUDA, *sorted(glob.glob("csrc/cuda/*.cu"))]
 CUDA_COMPILE_ARGS = {
     "cxx": ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden"],
     "nvcc": ["-O3", "-std=c++20", "-Xcompiler=-fvisibility=hidden"],

@@ -119,7 +119,7 @@ def test_what_is_compiled_with_cuda(
     assert os.environ["TORCH_CUDA_ARCH_LIST"] == (wanted or "8.0;9.0+PTX")
     (extension,) = compiled
     assert extension.name == "chargpt._native_cuda"
-    assert {"csrc/bindings_cuda.cpp", "csrc/cuda/cross_entropy.cu"} <= set(extension.sources)
+    assert {"csrc/bindings/cuda.cpp", "csrc/cuda/cross_entropy.cu"} <= set(extension.sources)
     assert str(home / "include") in extension.include_dirs
     assert not any("fast" in flag for flag in extension.extra_compile_args["nvcc"])  # −∞ and NaN have meanings here
 

@@ -3,6 +3,8 @@
 
 #include "attention.h"
 
+#include "../common/philox.h"
+
 #include <atomic>
 #include <cstdlib>
 

@@ -1,45 +1,19 @@
 // Causal attention on the CPU, forward and backward: what a caller needs to know. Torch-free; attention.cpp implements
 // it. The mathematics, the alignment of queries with keys, and the dropout mask are those of
-// chargpt/kernels/ops/attention.py.
+// chargpt/kernels/ops/attention.py. Takes float32, bfloat16 and float64.
 
 #pragma once
 
 #include <cstdint>
 
+#include "../common/attention.h"
+
 namespace chargpt::cpu {
-
-enum class DType { kFloat32, kBFloat16, kFloat64 };
-
-// A tensor of shape (batch, heads, time, D) whose last dimension is contiguous. Strides count elements, and may be
-// zero or negative. An element is of the DType of the call.
-struct View {
-  const void* data;
-  int64_t batch_stride, head_stride, time_stride;
-};
-struct MutableView {
-  void* data;
-  int64_t batch_stride, head_stride, time_stride;
-};
 
 // Calls body(context, begin, end) for ranges that cover [0, count) once, at the same time or not, and returns when all
 // are done. Results do not depend on the ranges. The binding gives at::parallel_for with a grain size of 1; nullptr
 // means one call on this thread. `body` does not throw.
 using ParallelFor = void (*)(int64_t count, void (*body)(void* context, int64_t begin, int64_t end), void* context);
-
-struct AttentionShape {
-  int64_t B, H, H_kv;  // query head h reads key and value head h / (H / H_kv); H is a multiple of H_kv, H_kv ≥ 1
-  int64_t T, S;        // queries and keys, S ≥ T; query i sits at position S - T + i and sees keys up to there
-  int64_t D;           // channels, 1 ≤ D ≤ kMaxHeadSize
-};
-inline constexpr int64_t kMaxHeadSize = 256;
-
-struct AttentionOptions {
-  double scale = 1.0;       // factor on q·k
-  int64_t window = 0;       // each query sees only its last `window` keys, itself included; 0: all
-  bool dropout = false;     // the two fields below count only where this is true
-  double dropout_p = 0.0;   // in [0, 1)
-  uint64_t seed = 0;        // the int64 seed of philox.dropout_keep_mask, reinterpreted
-};
 
 // Fills out (B, H, T, D), of any strides, and lse (B, H, T), contiguous: float32, or float64 for kFloat64; natural
 // logarithm. All elements are written; nothing has to be initialised. out must not overlap q, k or v.

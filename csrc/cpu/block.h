@@ -9,7 +9,7 @@
 
 #include <cstdint>
 
-#include "attention.h"  // DType and View
+#include "../common/attention.h"  // View, and DType
 
 namespace chargpt::cpu {
 

@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "../common/cross_entropy.h"
+
 namespace chargpt::cpu {
 
 struct BFloat16 {
@@ -21,13 +23,6 @@ struct ComputeTypeOf<double> {
 };
 template <class T>
 using ComputeType = typename ComputeTypeOf<T>::type;  // of losses and of all arithmetic
-
-struct CrossEntropyOptions {
-  int64_t ignore_index = -100;
-  double label_smoothing = 0.0;  // in [0, 1]
-  double z_loss = 0.0;           // >= 0
-  double softcap = 0.0;          // > 0; 0: none
-};
 
 // N rows of V logits. T is float, double or BFloat16. Pointers need the alignment of their element only.
 template <class T>

@@ -1,5 +1,5 @@
-// Dropout's random words, Philox 4x32-10 (Salmon et al. 2011), for one instruction set: included after simd.h. The rule
-// is in chargpt/kernels/philox.py; here each 64-bit lane carries one counter, so that a product needs no shuffling.
+// Dropout's random words, Philox 4x32-10 (Salmon et al. 2011), for one instruction set: included after simd.h and
+// common/philox.h. Here each 64-bit lane carries one counter, so that a product needs no shuffling.
 
 namespace chargpt::cpu::CHARGPT_ISA {
 
@@ -24,14 +24,14 @@ CHARGPT_INLINE void random_words(uint64_t seed, uint32_t batch_head, uint32_t qu
                   c2 = broadcast<uint64_t>(batch_head), c3 = broadcast<uint64_t>(0);
     uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
 #pragma GCC unroll 10
-    for (int round = 0; round < 10; ++round) {
-      const Vec<uint64_t> p0 = multiply_low_words(c0, 0xD2511F53), p1 = multiply_low_words(c2, 0xCD9E8D57);
+    for (int round = 0; round < kPhiloxRounds; ++round) {
+      const Vec<uint64_t> p0 = multiply_low_words(c0, kPhiloxFactor0), p1 = multiply_low_words(c2, kPhiloxFactor1);
       c0 = (p1 >> 32) ^ c1 ^ k0;
       c1 = p1;
       c2 = (p0 >> 32) ^ c3 ^ k1;
       c3 = p0;
-      k0 += 0x9E3779B9;
-      k1 += 0xBB67AE85;
+      k0 += kPhiloxKeyStep0;
+      k1 += kPhiloxKeyStep1;
     }
     const Vec<uint64_t> low = (c0 & 0xFFFFFFFF) | (c1 << 32), high = (c2 & 0xFFFFFFFF) | (c3 << 32);
     store<uint64_t>(words + j, interleave_low<uint64_t>(low, high));

@@ -2,8 +2,9 @@
 // compiler needed to include it); attention.cu implements it. The mathematics, the alignment of queries with keys, and
 // the dropout mask are those of chargpt/kernels/ops/attention.py.
 //
-// For sm_80 and up. float32 with D > 128 needs kWideFloat32SharedBytes of shared memory a block, which sm_86, sm_89 and
-// sm_120 do not have; there the launch fails with cudaErrorInvalidValue, and chargpt/kernels/backends/cuda.py does not call.
+// Takes float32, float16 and bfloat16, on sm_80 and up. float32 with D > 128 needs kWideFloat32SharedBytes of shared
+// memory a block, which sm_86, sm_89 and sm_120 do not have; there the launch fails with cudaErrorInvalidValue, and
+// chargpt/kernels/backends/cuda.py does not call.
 // In 16-bit dtypes the backward pass takes lse to a power of 2: gradients are as right as lse · 10⁻⁷ is small, so up to
 // scores of some 10⁴; larger ones stay finite.
 //
@@ -17,37 +18,14 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "dtype.h"
+#include "../common/attention.h"
 
 namespace chargpt::cuda {
 
-// A tensor of shape (batch, heads, time, D) whose last dimension is contiguous. Strides count elements, and may be
-// zero or negative. An element is of the DType of the call. Any address and stride will do; where they are multiples
-// of 16 bytes, and D of 8 elements, copies are as wide.
-struct View {
-  const void* data;
-  int64_t batch_stride, head_stride, time_stride;
-};
-struct MutableView {
-  void* data;
-  int64_t batch_stride, head_stride, time_stride;
-};
+// Any address and stride of a view will do; where they are multiples of 16 bytes, and D of 8 elements, copies are as
+// wide.
 
-struct AttentionShape {
-  int64_t B, H, H_kv;  // query head h reads key and value head h / (H / H_kv); H is a multiple of H_kv, H_kv ≥ 1
-  int64_t T, S;        // queries and keys, S ≥ T; query i sits at position S - T + i and sees keys up to there
-  int64_t D;           // channels, 1 ≤ D ≤ kMaxHeadSize
-};
-inline constexpr int64_t kMaxHeadSize = 256;
 inline constexpr int kWideFloat32SharedBytes = 135680;  // of the backward pass; the forward one takes 102912
-
-struct AttentionOptions {
-  double scale = 1.0;      // factor on q·k
-  int64_t window = 0;      // each query sees only its last `window` keys, itself included; 0: all
-  bool dropout = false;    // the two fields below count only where this is true
-  double dropout_p = 0.0;  // in [0, 1)
-  uint64_t seed = 0;       // the int64 seed of philox.dropout_keep_mask, reinterpreted
-};
 
 // Fills out (B, H, T, D), of any strides, and lse (B, H, T), contiguous, natural logarithm. All elements are written;
 // nothing has to be initialised. out must not overlap q, k or v. Every size of `shape` but H_kv and D may be 0.

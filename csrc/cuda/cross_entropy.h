@@ -16,18 +16,10 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "dtype.h"
+#include "../common/cross_entropy.h"
+#include "../common/dtype.h"
 
 namespace chargpt::cuda {
-
-struct CrossEntropyOptions {
-  int64_t ignore_index = -100;
-  double label_smoothing = 0.0;  // in [0, 1]
-  double z_loss = 0.0;           // >= 0
-  double softcap = 0.0;          // > 0; 0: none
-};
-
-enum class Reduction { kNone, kSum, kMean };  // the mean is over the rows that are not ignored; over no row it is 0
 
 struct CrossEntropy {
   DType dtype;         // of the logits and their gradient

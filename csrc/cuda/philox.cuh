@@ -8,6 +8,8 @@
 #include <cmath>
 #include <cstdint>
 
+#include "../common/philox.h"
+
 namespace chargpt::cuda {
 
 struct Dropout {
@@ -30,14 +32,14 @@ __device__ inline void random_words(uint32_t (&word)[4], const Dropout& dropout,
   uint32_t c0 = key_block, c1 = position, c2 = batch_head, c3 = 0;
   uint32_t k0 = dropout.key[0], k1 = dropout.key[1];
 #pragma unroll 5  // all ten at once, and the keys of each round would be kept in 20 registers
-  for (int round = 0; round < 10; ++round) {
-    const uint64_t p0 = uint64_t{0xD2511F53} * c0, p1 = uint64_t{0xCD9E8D57} * c2;
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    const uint64_t p0 = uint64_t{kPhiloxFactor0} * c0, p1 = uint64_t{kPhiloxFactor1} * c2;
     c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0;
     c1 = static_cast<uint32_t>(p1);
     c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ k1;
     c3 = static_cast<uint32_t>(p0);
-    k0 += 0x9E3779B9;
-    k1 += 0xBB67AE85;
+    k0 += kPhiloxKeyStep0;
+    k1 += kPhiloxKeyStep1;
   }
   word[0] = c0;
   word[1] = c1;

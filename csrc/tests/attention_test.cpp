@@ -11,6 +11,7 @@
 #include <thread>
 #include <vector>
 
+using namespace chargpt;
 using namespace chargpt::cpu;
 
 namespace {

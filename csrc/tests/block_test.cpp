@@ -11,6 +11,7 @@
 #include <type_traits>
 #include <vector>
 
+using namespace chargpt;
 using namespace chargpt::cpu;
 
 namespace {

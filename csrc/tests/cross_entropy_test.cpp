@@ -12,6 +12,7 @@
 #include <random>
 #include <vector>
 
+using namespace chargpt;
 using namespace chargpt::cpu;
 
 namespace {

@@ -14,6 +14,7 @@
 #include "cuda_bf16.h"
 #include "cuda_fp16.h"
 
+using namespace chargpt;
 using namespace chargpt::cuda;
 
 // ---- For Python ----------------------------------------------------------------------------------------------------

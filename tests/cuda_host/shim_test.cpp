@@ -14,6 +14,7 @@
 #include "launch.cuh"
 #include "mma.cuh"
 
+using namespace chargpt;
 using namespace chargpt::cuda;
 
 namespace {

@@ -1,41 +1,24 @@
-// Where the small operators of a block (cpu/block.h) meet torch: checks nothing (chargpt/kernels/ops/ does),
-// allocates, spreads the rows over torch's threads, and connects the kernels to autograd. Part of `chargpt._native`.
+// The small operators of a block, cpu/block.h, for torch: spreads the rows over torch's threads. Part of
+// `chargpt._native`.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_strided.h>
-#include <pybind11/pybind11.h>
 #include <torch/csrc/autograd/custom_function.h>
-#include <torch/csrc/utils/pybind.h>
 
 #include <algorithm>
-#include <optional>
 #include <tuple>
 
-#include "cpu/block.h"
+#include "../cpu/block.h"
+#include "common.h"
 
-namespace py = pybind11;
-namespace cpu = chargpt::cpu;
-using at::Tensor;
+namespace chargpt::bindings {
+namespace {
+
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-namespace {
-
 constexpr int64_t kGrain = 16384;  // elements: fewer are not worth a thread
 
-cpu::DType dtype_of(at::ScalarType type) {
-  switch (type) {
-    case at::kFloat: return cpu::DType::kFloat32;
-    case at::kBFloat16: return cpu::DType::kBFloat16;
-    case at::kDouble: return cpu::DType::kFloat64;
-    default: throw py::type_error("the C++ kernels take float32, bfloat16 and float64");
-  }
-}
-cpu::DType dtype_of(const Tensor& x) { return dtype_of(x.scalar_type()); }
-
-at::ScalarType computing_type(at::ScalarType type) { return type == at::kDouble ? at::kDouble : at::kFloat; }
 
 // x (..., C) as rows, each contiguous: x itself where its strides allow it, else a copy, which `kept` holds.
 struct RowsOf {
@@ -60,13 +43,6 @@ void for_rows(int64_t rows, int64_t elements, const F& f) {
   at::parallel_for(0, rows, std::max<int64_t>(1, kGrain / elements), f);
 }
 
-template <class... Tensors>
-bool needs_gradient(const Tensors&... tensors) {
-  return at::GradMode::is_enabled() && ((tensors.defined() && tensors.requires_grad()) || ...);
-}
-
-Tensor or_undefined(const std::optional<Tensor>& x) { return x.value_or(Tensor()); }
-std::optional<Tensor> or_none(const Tensor& x) { return x.defined() ? std::optional(x) : std::nullopt; }
 
 // ------------------------------------------------------------------------------------------------------- add_rms_norm
 
@@ -79,8 +55,8 @@ Normed normalise(const Tensor& x, const Tensor& y, at::ScalarType type) {
   const int64_t C = x.size(-1), rows = x.numel() / C;
   Normed result{y.defined() ? packed_like(x, x.scalar_type()) : x, packed_like(x, type),
                 at::empty({rows}, x.options().dtype(computing_type(x.scalar_type())))};
-  const cpu::AddRmsNorm call{.x_type = dtype_of(x),
-                             .y_type = y.defined() ? dtype_of(y) : dtype_of(x),
+  const cpu::AddRmsNorm call{.x_type = dtype_of(x.scalar_type()),
+                             .y_type = y.defined() ? dtype_of(y.scalar_type()) : dtype_of(x.scalar_type()),
                              .normed_type = dtype_of(type),
                              .C = C,
                              .x = x_rows.rows,
@@ -100,9 +76,9 @@ std::tuple<Tensor, Tensor> normalise_backward(const Tensor& dsum, const Tensor& 
   const RowsOf s_rows(sum), dnormed_rows(dnormed), dsum_rows(dsum);
   const Tensor dx = packed_like(sum, sum.scalar_type()), dy = two ? packed_like(sum, y_type) : dx;
   const Tensor numbers = rstd.contiguous();
-  const cpu::AddRmsNormBackward call{.x_type = dtype_of(sum),
+  const cpu::AddRmsNormBackward call{.x_type = dtype_of(sum.scalar_type()),
                                      .y_type = dtype_of(y_type),
-                                     .normed_type = dtype_of(dnormed),
+                                     .normed_type = dtype_of(dnormed.scalar_type()),
                                      .C = sum.size(-1),
                                      .sum = s_rows.rows,
                                      .rstd = numbers.const_data_ptr(),
@@ -184,10 +160,6 @@ Tensor angles(const Tensor& table, at::ScalarType type) {
   return table.defined() ? table.to(computing_type(type)).contiguous() : table;
 }
 
-// (B, heads, T, D), over (B, T, heads, D) memory.
-Tensor empty_by_time(int64_t B, int64_t heads, int64_t T, int64_t D, const at::TensorOptions& options) {
-  return at::empty_strided({B, heads, T, D}, {T * heads * D, D, heads * D, 1}, options);
-}
 
 cpu::QkvHeads heads_of(const HeadOptions& options, at::ScalarType type, at::ScalarType value_type, int64_t T, int64_t D,
                        const Tensor& cos, const Tensor& sin) {
@@ -228,13 +200,6 @@ variable_list split_heads(const Tensor& qkv, const Tensor& value_rows, const Ten
   return {q, k, v};
 }
 
-Tensor with_whole_heads(const Tensor& x) {
-  return !x.defined() || x.stride(3) == 1 || x.size(3) == 1 ? x : x.contiguous();
-}
-cpu::View view(const Tensor& x) {
-  if (!x.defined()) return {nullptr, 0, 0, 0};
-  return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
-}
 
 // dqkv, and the gradient of the value rows where value_type is given. One of dq, dk and dv is defined; qkv is, where
 // there is a norm.
@@ -246,7 +211,7 @@ std::tuple<Tensor, Tensor> join_heads(const Tensor& dq, const Tensor& dk, const 
   const int64_t B = given.size(0), T = given.size(2), D = given.size(3);
   const RowsOf rows(options.norm ? qkv : Tensor());
   const Tensor c = angles(cos, type), s = angles(sin, type);
-  const Tensor q = with_whole_heads(dq), k = with_whole_heads(dk), v = with_whole_heads(dv);
+  const Tensor q = with_whole_rows(dq), k = with_whole_rows(dk), v = with_whole_rows(dv);
   const Tensor dqkv = at::empty({B, T, (options.H + 2 * options.H_kv) * D}, given.options());
   Tensor dvalue_rows;
   if (value_type) dvalue_rows = at::empty({B, T, options.H_kv * D}, given.options().dtype(*value_type));
@@ -342,7 +307,7 @@ Tensor qkv_heads_backward(const std::optional<Tensor>& dq, const std::optional<T
 
 Tensor square_of_relu(const Tensor& x) {
   const Tensor from = x.contiguous(), to = packed_like(x, x.scalar_type());
-  const cpu::DType type = dtype_of(x);
+  const DType type = dtype_of(x.scalar_type());
   at::parallel_for(0, x.numel(), kGrain, [&](int64_t begin, int64_t end) {
     cpu::relu_squared(type, from.const_data_ptr(), to.data_ptr(), begin, end);
   });
@@ -351,7 +316,7 @@ Tensor square_of_relu(const Tensor& x) {
 
 Tensor square_of_relu_backward(const Tensor& dy, const Tensor& x) {
   const Tensor from = x.contiguous(), given = dy.contiguous(), to = packed_like(x, x.scalar_type());
-  const cpu::DType type = dtype_of(x);
+  const DType type = dtype_of(x.scalar_type());
   at::parallel_for(0, x.numel(), kGrain, [&](int64_t begin, int64_t end) {
     cpu::relu_squared_backward(type, from.const_data_ptr(), given.const_data_ptr(), to.data_ptr(), begin, end);
   });
@@ -404,3 +369,5 @@ void define_block(py::module_& m) {
   m.def("relu_squared_forward", &relu_squared_forward, "max(x, 0) squared.");
   m.def("relu_squared_backward", &relu_squared_backward, "Its gradient.");
 }
+
+}  // namespace chargpt::bindings

@@ -1,36 +1,24 @@
-// The native module `chargpt._native_cuda`: where the CUDA kernels meet torch and Python. It allocates outputs and
-// workspaces, picks the tensors' device and its current stream, and never waits for the GPU. Autograd and operators are
-// made of it by chargpt/kernels/backends/cuda.py. Only headers of c10/cuda are used: those of ATen/cuda want the headers of
-// cuBLAS and its sisters, which many CUDA toolkits that can compile the kernels do not have.
+// The native module `chargpt._native_cuda`: the CUDA kernels for torch. It allocates outputs and workspaces, picks the
+// tensors' device and its current stream, and never waits for the GPU. Autograd and operators are made of it by
+// chargpt/kernels/backends/cuda.py. Only headers of c10/cuda are used: those of ATen/cuda want the headers of cuBLAS and
+// its sisters, which many CUDA toolkits that can compile the kernels do not have.
 
-#include <ATen/ops/empty.h>
 #include <ATen/ops/zeros_like.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
-#include <pybind11/pybind11.h>
-#include <torch/csrc/utils/pybind.h>
 
-#include <optional>
-#include <string>
 #include <tuple>
 
-#include "cuda/attention.h"
-#include "cuda/cross_entropy.h"
+#include "../cuda/attention.h"
+#include "../cuda/cross_entropy.h"
+#include "common.h"
 
-namespace py = pybind11;
-namespace cuda = chargpt::cuda;
-using at::Tensor;
-
+namespace chargpt::bindings {
 namespace {
 
-cuda::DType dtype_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case at::kFloat: return cuda::DType::kFloat32;
-    case at::kHalf: return cuda::DType::kFloat16;
-    case at::kBFloat16: return cuda::DType::kBFloat16;
-    default: throw py::type_error("the CUDA kernels take float32, bfloat16 and float16");
-  }
+DType element_of(const Tensor& x) {
+  return dtype_of(x.scalar_type(), at::kDouble, "the CUDA kernels take float32, bfloat16 and float16");
 }
 
 cudaStream_t stream() { return c10::cuda::getCurrentCUDAStream(); }
@@ -42,29 +30,6 @@ Tensor workspace_for(const Tensor& x, size_t bytes) {
 
 // ---------------------------------------------------------------------------------------------------------- attention
 
-Tensor with_whole_rows(const Tensor& x) { return x.stride(3) == 1 || x.size(3) == 1 ? x : x.contiguous(); }
-
-cuda::View view(const Tensor& x) { return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
-cuda::MutableView mutable_view(const Tensor& x) { return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
-
-// As x (B, H, T, D), over (B, T, H, D) memory, so that joining the heads copies nothing.
-Tensor empty_by_time(const Tensor& x) {
-  return at::empty({x.size(0), x.size(2), x.size(1), x.size(3)}, x.options()).transpose(1, 2);
-}
-
-cuda::AttentionShape shape_of(const Tensor& q, const Tensor& k) {
-  return {.B = q.size(0), .H = q.size(1), .H_kv = k.size(1), .T = q.size(2), .S = k.size(2), .D = q.size(3)};
-}
-
-// The seed lies on the CPU, so reading it does not wait for the GPU.
-cuda::AttentionOptions attention_options(double scale, double dropout_p, std::optional<int64_t> window,
-                                         const std::optional<Tensor>& seed) {
-  return {.scale = scale,
-          .window = window.value_or(0),
-          .dropout = seed.has_value(),
-          .dropout_p = dropout_p,
-          .seed = seed.has_value() ? static_cast<uint64_t>(seed->item<int64_t>()) : 0};
-}
 
 std::tuple<Tensor, Tensor> causal_attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, double scale,
                                                     double dropout_p, std::optional<int64_t> window,
@@ -74,7 +39,7 @@ std::tuple<Tensor, Tensor> causal_attention_forward(const Tensor& q, const Tenso
   const Tensor Q = with_whole_rows(q), K = with_whole_rows(k), V = with_whole_rows(v);
   const Tensor out = empty_by_time(q);
   const Tensor lse = at::empty({q.size(0), q.size(1), q.size(2)}, q.options().dtype(at::kFloat));
-  C10_CUDA_CHECK(cuda::attention_forward(dtype_of(q), shape_of(q, k), attention_options(scale, dropout_p, window, seed),
+  C10_CUDA_CHECK(cuda::attention_forward(element_of(q), shape_of(q, k), attention_options(scale, dropout_p, window, seed),
                                          view(Q), view(K), view(V), mutable_view(out), lse.data_ptr<float>(),
                                          stream()));
   return {out, lse};
@@ -90,7 +55,7 @@ std::tuple<Tensor, Tensor, Tensor> causal_attention_backward(
   const Tensor dO = with_whole_rows(out_gradient.has_value() ? *out_gradient : at::zeros_like(out));
   const Tensor dlse = lse_gradient.has_value() ? lse_gradient->contiguous() : Tensor(), row_lse = lse.contiguous();
   const Tensor dq = empty_by_time(q), dk = empty_by_time(k), dv = empty_by_time(v);
-  const auto dtype = dtype_of(q);
+  const auto dtype = element_of(q);
   const auto shape = shape_of(q, k);
   const Tensor workspace = workspace_for(q, cuda::attention_backward_workspace(dtype, shape));
   C10_CUDA_CHECK(cuda::attention_backward(
@@ -102,27 +67,16 @@ std::tuple<Tensor, Tensor, Tensor> causal_attention_backward(
 
 // ------------------------------------------------------------------------------------------------------ cross-entropy
 
-// Logits as N rows, each contiguous: a view where the strides allow it.
-Tensor as_rows(const Tensor& logits) {
-  const int64_t V = logits.size(-1);
-  const Tensor rows = logits.reshape({-1, V});
-  return rows.stride(1) == 1 || V == 1 ? rows : rows.contiguous();
-}
 
-Tensor as_targets(const Tensor& targets) { return targets.to(at::kLong).reshape({-1}).contiguous(); }
-
-cuda::CrossEntropy problem_of(const Tensor& rows, const Tensor& targets, int64_t ignore_index, double label_smoothing,
-                              double z_loss, std::optional<double> softcap, const std::string& reduction) {
-  return {.dtype = dtype_of(rows),
+cuda::CrossEntropy problem_of(const Tensor& rows, const Tensor& targets, const CrossEntropyArguments& arguments) {
+  return {.dtype = element_of(rows),
           .logits = rows.const_data_ptr(),
           .N = rows.size(0),
           .V = rows.size(1),
           .row_stride = rows.stride(0),
           .targets = targets.const_data_ptr<int64_t>(),
-          .options = {ignore_index, label_smoothing, z_loss, softcap.value_or(0.0)},
-          .reduction = reduction == "none" ? cuda::Reduction::kNone
-                       : reduction == "sum" ? cuda::Reduction::kSum
-                                            : cuda::Reduction::kMean};
+          .options = arguments.options,
+          .reduction = arguments.reduction};
 }
 
 std::tuple<Tensor, Tensor, std::optional<Tensor>> softmax_cross_entropy_forward(
@@ -131,7 +85,8 @@ std::tuple<Tensor, Tensor, std::optional<Tensor>> softmax_cross_entropy_forward(
   const py::gil_scoped_release nogil;
   const c10::cuda::CUDAGuard device(logits.device());
   const Tensor rows = as_rows(logits), labels = as_targets(targets);
-  const auto problem = problem_of(rows, labels, ignore_index, label_smoothing, z_loss, softcap, reduction);
+  const auto problem = problem_of(
+      rows, labels, cross_entropy_arguments(ignore_index, label_smoothing, z_loss, softcap, reduction));
   const auto numbers = logits.options().dtype(at::kFloat);
   const Tensor loss = reduction == "none" ? at::empty(targets.sizes(), numbers) : at::empty({}, numbers);
   const Tensor normalisers = at::empty({2, problem.N}, numbers);
@@ -151,7 +106,8 @@ Tensor softmax_cross_entropy_backward(const Tensor& loss_gradient, const Tensor&
   const c10::cuda::CUDAGuard device(logits.device());
   const Tensor rows = as_rows(logits), labels = as_targets(targets);
   const Tensor weights = loss_gradient.to(at::kFloat).contiguous(), found = normalisers.contiguous();
-  const auto problem = problem_of(rows, labels, ignore_index, label_smoothing, z_loss, softcap, reduction);
+  const auto problem = problem_of(
+      rows, labels, cross_entropy_arguments(ignore_index, label_smoothing, z_loss, softcap, reduction));
   const Tensor gradient = at::empty(logits.sizes(), logits.options());
   const Tensor workspace = workspace_for(logits, cuda::cross_entropy_workspace(problem));
   C10_CUDA_CHECK(cuda::cross_entropy_backward(problem, weights.const_data_ptr<float>(), found.const_data_ptr<float>(),
@@ -163,13 +119,15 @@ void scale_(const Tensor& gradient, const Tensor& factor) {
   const py::gil_scoped_release nogil;
   const c10::cuda::CUDAGuard device(gradient.device());
   const Tensor number = factor.to(at::kFloat);
-  C10_CUDA_CHECK(cuda::cross_entropy_scale_gradient(dtype_of(gradient), gradient.data_ptr(), gradient.numel(),
+  C10_CUDA_CHECK(cuda::cross_entropy_scale_gradient(element_of(gradient), gradient.data_ptr(), gradient.numel(),
                                                     number.const_data_ptr<float>(), stream()));
 }
 
 }  // namespace
+}  // namespace chargpt::bindings
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  using namespace chargpt::bindings;
   m.doc() = "chargpt's CUDA kernels";
   m.def("causal_attention_forward", &causal_attention_forward, "O and lse.");
   m.def("causal_attention_backward", &causal_attention_backward, "The gradients of q, k and v.");
@@ -177,5 +135,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         "Loss, normalisers (2, N), and the gradient of the logits or None.");
   m.def("softmax_cross_entropy_backward", &softmax_cross_entropy_backward, "The gradient of the logits.");
   m.def("scale_", &scale_, "Multiplies a contiguous gradient in place by one number that is on its device.");
-  m.attr("wide_float32_shared_bytes") = cuda::kWideFloat32SharedBytes;  // a block's, for float32 with D > 128
+  m.attr("wide_float32_shared_bytes") = chargpt::cuda::kWideFloat32SharedBytes;  // a block's, for float32 with D > 128
 }

@@ -1,0 +1,110 @@
+// What the bindings share: tensors as the kernels want them. The bindings are where kernels meet torch and Python: they
+// allocate, and connect to autograd; the checks are made in chargpt/kernels/ops/. torch/extension.h would cost a minute
+// of compile time, so only what is used is included.
+
+#pragma once
+
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_strided.h>
+#include <pybind11/pybind11.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+
+#include "../common/attention.h"
+#include "../common/cross_entropy.h"
+#include "../common/dtype.h"
+
+namespace chargpt::bindings {
+
+namespace py = pybind11;
+using at::Tensor;
+
+// The DType of a dtype. The kernels of each device take all but one of the four: on a CPU float16 is missing.
+inline DType dtype_of(at::ScalarType type, at::ScalarType missing = at::kHalf,
+                      const char* taken = "the C++ kernels take float32, bfloat16 and float64") {
+  if (type == missing) throw py::type_error(taken);
+  switch (type) {
+    case at::kFloat: return DType::kFloat32;
+    case at::kBFloat16: return DType::kBFloat16;
+    case at::kHalf: return DType::kFloat16;
+    case at::kDouble: return DType::kFloat64;
+    default: throw py::type_error(taken);
+  }
+}
+
+// Losses, lse and normalisers have one number for each row, in float32, or float64 for float64.
+inline at::ScalarType computing_type(at::ScalarType type) { return type == at::kDouble ? at::kDouble : at::kFloat; }
+inline at::TensorOptions row_options(const Tensor& x) { return x.options().dtype(computing_type(x.scalar_type())); }
+
+inline Tensor or_undefined(const std::optional<Tensor>& x) { return x.value_or(Tensor()); }
+inline std::optional<Tensor> or_none(const Tensor& x) { return x.defined() ? std::optional(x) : std::nullopt; }
+
+template <class... Tensors>
+bool needs_gradient(const Tensors&... tensors) {
+  return at::GradMode::is_enabled() && ((tensors.defined() && tensors.requires_grad()) || ...);
+}
+
+// ---------------------------------------------------------------------------------------------------- heads, attention
+
+inline Tensor with_whole_rows(const Tensor& x) {
+  return !x.defined() || x.stride(3) == 1 || x.size(3) == 1 ? x : x.contiguous();
+}
+
+inline View view(const Tensor& x) {
+  if (!x.defined()) return {nullptr, 0, 0, 0};
+  return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
+}
+inline MutableView mutable_view(const Tensor& x) { return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
+
+// (B, heads, T, D), over (B, T, heads, D) memory, so that joining the heads copies nothing.
+inline Tensor empty_by_time(int64_t B, int64_t heads, int64_t T, int64_t D, const at::TensorOptions& options) {
+  return at::empty_strided({B, heads, T, D}, {T * heads * D, D, heads * D, 1}, options);
+}
+inline Tensor empty_by_time(const Tensor& x) {
+  return empty_by_time(x.size(0), x.size(1), x.size(2), x.size(3), x.options());
+}
+
+inline AttentionShape shape_of(const Tensor& q, const Tensor& k) {
+  return {.B = q.size(0), .H = q.size(1), .H_kv = k.size(1), .T = q.size(2), .S = k.size(2), .D = q.size(3)};
+}
+
+// The seed lies on the CPU, so reading it waits for no GPU.
+inline AttentionOptions attention_options(double scale, double dropout_p, std::optional<int64_t> window,
+                                          const std::optional<Tensor>& seed) {
+  const bool dropout = seed.has_value() && seed->defined();
+  return {.scale = scale,
+          .window = window.value_or(0),
+          .dropout = dropout,
+          .dropout_p = dropout_p,
+          .seed = dropout ? static_cast<uint64_t>(seed->item<int64_t>()) : 0};
+}
+
+// ------------------------------------------------------------------------------------------------------ cross-entropy
+
+// Logits as N rows, each contiguous: a view where the strides allow it.
+inline Tensor as_rows(const Tensor& logits) {
+  const int64_t V = logits.size(-1);
+  const Tensor rows = logits.reshape({-1, V});
+  return rows.stride(1) == 1 || V == 1 ? rows : rows.contiguous();
+}
+
+inline Tensor as_targets(const Tensor& targets) { return targets.to(at::kLong).reshape({-1}).contiguous(); }
+
+struct CrossEntropyArguments {
+  CrossEntropyOptions options;
+  Reduction reduction;
+};
+
+inline CrossEntropyArguments cross_entropy_arguments(int64_t ignore_index, double label_smoothing, double z_loss,
+                                                     std::optional<double> softcap, const std::string& reduction) {
+  const auto parsed = reduction == "none" ? Reduction::kNone
+                      : reduction == "sum" ? Reduction::kSum
+                                           : Reduction::kMean;
+  return {{ignore_index, label_smoothing, z_loss, softcap.value_or(0.0)}, parsed};
+}
+
+}  // namespace chargpt::bindings
