@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--presets", nargs="+", choices=sorted(PRESETS.keys() - {YARDSTICK}), default=[])
     options = parser.parse_args()
-    yardstick = replace(PRESETS[YARDSTICK], kernels="torch", eval_interval=2000 // POINTS)
+    yardstick = replace(PRESETS[YARDSTICK], backend="torch", eval_interval=2000 // POINTS)
     splits = load_splits(SPLITS)
     runs = []
     for seed in options.seeds:

@@ -60,14 +60,14 @@ def measure(name: str, model: TransformerConfig, batch_size: int, goal: float, c
 
 
 def step(
-    model: TransformerConfig, batch_size: int, kernels: str, precision: str, compiled: bool
+    model: TransformerConfig, batch_size: int, backend: str, precision: str, compiled: bool
 ) -> Callable[[], object]:
     config = TrainConfig(model=model, max_steps=1, batch_size=batch_size, optimizer=OptimizerConfig(), grad_clip=1.0)
-    config = override(config, [f"precision={precision}", f"kernels={kernels}"])
-    network = build_model(model, VOCABULARY, seed=1, kernels=kernels)
+    config = override(config, [f"precision={precision}", f"backend={backend}"])
+    network = build_model(model, VOCABULARY, seed=1, backend=backend)
     tokens = np.random.default_rng(2).integers(VOCABULARY, size=1_000_000, dtype=np.uint8)
     batches = build_batches("random", tokens, batch_size, model.block_size, seed=3)
-    runtime = Runtime(torch.device("cpu"), precision, compiled, kernels, ())
+    runtime = Runtime(torch.device("cpu"), precision, compiled, backend, ())
     optimizers = build_optimizers(network, config.optimizer)
     trained = cast(LanguageModel, torch.compile(network)) if compiled else network
     return partial(training_step, trained, optimizers, batches, config, runtime)

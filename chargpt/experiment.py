@@ -111,7 +111,7 @@ def _finish(
     run, state, runtime = trainer.run, trainer.state, trainer.runtime
     assert state.best is not None
     config, best = run.config, run.folder / "best"
-    model, tokenizer = checkpoint.load_model(best, runtime.device, config.kernels)
+    model, tokenizer = checkpoint.load_model(best, runtime.device, config.backend)
     # In fp32, whatever it was trained in, so that `chargpt eval` gives the same numbers.
     losses = evaluate(model, run.splits.val_with_context, evaluation, config.batch_size, runtime.device, protocols)
     text = generate_text(model, tokenizer, "", SampleConfig(max_new_tokens=300), runtime.device)[0]
@@ -127,7 +127,7 @@ def _finish(
         "val_full_last": val_losses[-1],
         "best_step": state.best[0],
         "weights_sha256": checkpoint.read_description(best)["files"][checkpoint.WEIGHTS],
-        "kernels": runtime.kernels,
+        "backend": runtime.backend,
         "device": device_name(runtime.device),
         "threads": torch.get_num_threads(),
         "precision": runtime.precision,
@@ -160,7 +160,7 @@ def _description(trainer: Trainer) -> RunDescription:
             "corpus": run.corpus,
             "splits_sha256": run.splits.fingerprint,
             "tokenizer_sha256": run.splits.tokenizer.fingerprint,
-            "kernels": runtime.kernels,
+            "backend": runtime.backend,
             "precision": runtime.precision,
             "device": device_name(runtime.device),
             "torch": torch.__version__,

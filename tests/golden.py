@@ -20,7 +20,7 @@ import yaml
 from safetensors import safe_open
 
 ROOT = Path(__file__).parents[1]
-COMMON = {"max_steps": 60, "eval_interval": 30, "kernels": "torch", "precision": "fp32", "compile": "never"}
+COMMON = {"max_steps": 60, "eval_interval": 30, "backend": "torch", "precision": "fp32", "compile": "never"}
 MODERN = {
     "block_size": 128,
     "n_head": 2,

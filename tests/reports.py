@@ -25,7 +25,7 @@ def row(variant: str, seed: int, loss: float, **more: Any) -> Row:
         "val_sliding": loss - 0.01,
         "val_nanogpt": loss + 0.01,
         "weights_sha256": SHA256,
-        "kernels": "cpp",
+        "backend": "cpp",
         "device": "AMD EPYC",
         "threads": 2,
         "precision": "fp32",

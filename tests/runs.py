@@ -46,7 +46,7 @@ BASE = TrainConfig(
     device="cpu",
     precision="fp32",
     compile="never",
-    kernels="torch",
+    backend="torch",
 )
 BIGRAM = override(BASE, ["model.kind=bigram", "model.block_size=8"])
 TRANSFORMER = override(

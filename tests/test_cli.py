@@ -422,8 +422,8 @@ def test_info_for_people_and_as_json(chargpt: Chargpt) -> None:
     code, out, err = chargpt("info", "--json")
     assert (code, err) == (0, "")
     info = json.loads(out)
-    assert {"packages", "cpu", "gpus", "native_module", "kernels", "chosen"} <= info.keys()
-    assert all(state in text for state in info["kernels"].values())
+    assert {"packages", "cpu", "gpus", "native_module", "backends", "chosen"} <= info.keys()
+    assert all(state in text for state in info["backends"].values())
 
 
 # ------------------------------------------------------------------------------------------------ processes and signals

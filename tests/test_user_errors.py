@@ -59,7 +59,7 @@ def test_a_text_that_cannot_be_trained_on(name: str, chargpt: Chargpt, tmp_path:
         (["--set", "model.kind=trigram"], r"model\.kind must be one of bigram, transformer, got 'trigram'"),
         (["--set", "optimizer.learning_rate=-1"], r"learning_rate must be positive"),
         (["--set", "device=gpu"], r"device must be auto, cpu, cuda or cuda:N, got 'gpu'"),
-        (["--set", "kernels=fast"], r"kernels must be one of auto, "),
+        (["--set", "backend=fast"], r"backend must be one of auto, "),
         (["--preset", "modem"], r"no preset is called 'modem'; did you mean modern\?"),
         (["--minutes", "3"], r"--minutes and --set max_steps=… both set how long to train; leave one out"),
         (["--minutes", "-1"], r"--minutes must be positive and finite, got -1\.0"),

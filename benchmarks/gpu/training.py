@@ -39,7 +39,7 @@ class TorchTransformer(Transformer):
 
 def build(model: TransformerConfig, vocabulary: int, kernels: str, device: torch.device) -> Transformer:
     """The model on the implementation `kernels`, or its twin. Both begin with the same weights."""
-    network = build_model(model, vocabulary, seed=1, kernels="torch" if kernels == TORCH else kernels)
+    network = build_model(model, vocabulary, seed=1, backend="torch" if kernels == TORCH else kernels)
     assert isinstance(network, Transformer)
     if kernels == TORCH:
         network.__class__ = TorchTransformer

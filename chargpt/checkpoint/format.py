@@ -80,7 +80,7 @@ def _not_saved(folder: Path, error: Exception) -> CheckpointError:
     )
 
 
-def load_model(path: str | Path, device: torch.device | str = "cpu", kernels: str = "auto") -> tuple[Model, Tokenizer]:
+def load_model(path: str | Path, device: torch.device | str = "cpu", backend: str = "auto") -> tuple[Model, Tokenizer]:
     """The model, in evaluation mode, and the tokenizer of a checkpoint (or of the best one in a run folder).
 
     Raises CheckpointError when the checkpoint is missing, truncated, altered, or of another format.
@@ -90,7 +90,7 @@ def load_model(path: str | Path, device: torch.device | str = "cpu", kernels: st
     tokenizer = load_tokenizer(folder / TOKENIZER)
     with damage(folder):
         config: ModelConfig = parse(ModelConfig, content["model"], str(folder / DESCRIPTION))  # type: ignore[arg-type]
-        model = build_model(config, int(content["vocab_size"]), seed=0, kernels=kernels)
+        model = build_model(config, int(content["vocab_size"]), seed=0, backend=backend)
         if content["tokenizer"] != tokenizer.fingerprint or tokenizer.vocab_size != model.vocab_size:
             raise CheckpointError(
                 f"{folder} holds a model for another tokenizer ({model.vocab_size} symbols) than the one beside it "
@@ -101,20 +101,20 @@ def load_model(path: str | Path, device: torch.device | str = "cpu", kernels: st
 
 
 def load_ensemble(
-    paths: Sequence[str | Path], device: torch.device | str = "cpu", kernels: str = "auto"
+    paths: Sequence[str | Path], device: torch.device | str = "cpu", backend: str = "auto"
 ) -> tuple[Model | Ensemble, Tokenizer]:
     """As `load_model`, of one or more checkpoints: several predict together, with the mean of their probabilities.
 
     Raises TokenizerError when two of them have different tokenizers.
     """
-    (model, tokenizer), *others = [load_model(path, device, kernels) for path in paths]
+    (model, tokenizer), *others = [load_model(path, device, backend) for path in paths]
     for path, (_, other) in zip(paths[1:], others, strict=True):
         if other.fingerprint != tokenizer.fingerprint:
             raise TokenizerError(
                 f"{path} has another tokenizer ({other.vocab_size} symbols) than {paths[0]} ({tokenizer.vocab_size} "
                 f"symbols); models that predict together must be trained on the same text's symbols"
             )
-    return Ensemble([model, *(member for member, _ in others)], kernels).eval() if others else model, tokenizer
+    return Ensemble([model, *(member for member, _ in others)], backend).eval() if others else model, tokenizer
 
 
 def load_state(folder: Path) -> tuple[Tensors, Tensors, dict[str, Any]]:

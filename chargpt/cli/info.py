@@ -51,7 +51,7 @@ def collect() -> dict[str, Any]:
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "native_module": loaded.module.build_info() if loaded.module else loaded.problem,
         "cuda_module": native.load_cuda().problem or native.cuda_build(native.RECORD),
-        "kernels": describe_backends(),
+        "backends": describe_backends(),
         "chosen": {
             device: {operation: resolve(operation, device, torch.float32).name for operation in OPERATIONS}
             for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else []))
@@ -72,8 +72,8 @@ def as_text(info: dict[str, Any]) -> str:
         f"gpus: {', '.join(info['gpus']) or 'none that torch can use'}",
         "native module: " + (", ".join(f"{k} {v}" for k, v in built.items()) if isinstance(built, dict) else built),
         f"cuda module: {info['cuda_module']}",
-        "kernels:",
-        *(f"  {name:<7} {state}" for name, state in info["kernels"].items()),
+        "backends:",
+        *(f"  {name:<7} {state}" for name, state in info["backends"].items()),
         *(
             f"chosen on {device}: " + ", ".join(f"{name} for {operation}" for operation, name in names.items())
             for device, names in info["chosen"].items()

@@ -169,7 +169,7 @@ class TrainConfig:
     device: str = "auto"  # auto, cpu, cuda, cuda:1 …
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     compile: Literal["auto", "always", "never"] = "auto"  # torch.compile
-    kernels: Literal["auto", "torch", "cpp", "cuda", "triton"] = "auto"
+    backend: Literal["auto", "torch", "cpp", "cuda", "triton"] = "auto"
 
     def __post_init__(self) -> None:
         for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "eval_interval", "log_interval"):
@@ -189,6 +189,7 @@ class TrainConfig:
 RETIRED = {
     "max_seconds": "a run is a number of steps: set max_steps, or let `chargpt train --minutes N` count them",
     "sampling": "its name is `order`",
+    "kernels": "its name is `backend`",
 }
 
 

@@ -73,12 +73,12 @@ def resolve(operation: str, device: torch.device | str, dtype: torch.dtype, impl
     entry = next((entry for entry in BACKENDS if entry.name == impl), None)
     if entry is None:
         known = ", ".join(entry.name for entry in BACKENDS)
-        raise ConfigError(f"kernels must be one of auto, {known}; got {impl!r}")
+        raise ConfigError(f"backend must be one of auto, {known}; got {impl!r}")
     refusal = _absence(entry) or _refusal(entry, operation, device_type, dtype)
     if OPERATIONS[operation].small and refusal == _has_no(operation):
         return Choice(BACKENDS[-1].name, f"{impl} leaves it to the reference")
     if refusal is not None:
-        raise ConfigError(f"kernels={impl} cannot run {operation}: {refusal}; use kernels=auto or kernels=torch")
+        raise ConfigError(f"backend={impl} cannot run {operation}: {refusal}; use backend=auto or backend=torch")
     return Choice(impl, "asked for by name")
 
 

@@ -20,16 +20,16 @@ __all__ = ["BigramLanguageModel", "Ensemble", "LanguageModel", "Transformer", "b
 Model = BigramLanguageModel | Transformer
 
 
-def build_model(config: ModelConfig, vocab_size: int, seed: int, kernels: str = "auto") -> Model:
+def build_model(config: ModelConfig, vocab_size: int, seed: int, backend: str = "auto") -> Model:
     """The model that `config` describes, initialised from `seed` alone: torch's default generator is left as it was.
 
-    `kernels` names the implementation of attention and cross-entropy (see `chargpt.kernels`).
+    `backend` names who computes attention and cross-entropy (see `chargpt.kernels`).
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # of the CPU alone, where weights are made
         if isinstance(config, BigramConfig):
-            return BigramLanguageModel(config, vocab_size, kernels)
-        return Transformer(config, vocab_size, kernels)
+            return BigramLanguageModel(config, vocab_size, backend)
+        return Transformer(config, vocab_size, backend)
 
 
 def parameter_count(model: nn.Module) -> int:

@@ -15,7 +15,7 @@ class LanguageModel(nn.Module, ABC):
 
     block_size: int  # longest context, in tokens
     vocab_size: int
-    kernels: str  # the implementation of the operations, as `chargpt.kernels` takes it
+    backend: str  # who computes the operations, as `chargpt.kernels` takes it in `impl`
 
     @abstractmethod
     def hidden(self, idx: torch.Tensor) -> torch.Tensor:

@@ -11,9 +11,9 @@ from chargpt.models.base import LanguageModel
 class BigramLanguageModel(LanguageModel):
     """A table of logits (V, V), initialised N(0, 1) as in the lecture."""
 
-    def __init__(self, config: BigramConfig, vocab_size: int, kernels: str = "auto") -> None:
+    def __init__(self, config: BigramConfig, vocab_size: int, backend: str = "auto") -> None:
         super().__init__()
-        self.config, self.vocab_size, self.kernels = config, vocab_size, kernels
+        self.config, self.vocab_size, self.backend = config, vocab_size, backend
         self.block_size, self.width = config.block_size, vocab_size  # tokens of context; C
         self.token_table = nn.Embedding(vocab_size, vocab_size)
 
@@ -27,4 +27,4 @@ class BigramLanguageModel(LanguageModel):
 
     def loss(self, h: torch.Tensor, targets: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
         """Cross-entropy in nats of `targets` (…) under the rows `h` (…, V); () for "mean" or "sum", else (…)."""
-        return softmax_cross_entropy(h, targets, reduction=reduction, impl=self.kernels)
+        return softmax_cross_entropy(h, targets, reduction=reduction, impl=self.backend)

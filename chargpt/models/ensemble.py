@@ -22,9 +22,9 @@ class Ensemble(LanguageModel):
     the shortest of theirs.
     """
 
-    def __init__(self, members: Sequence["Model"], kernels: str = "auto") -> None:
+    def __init__(self, members: Sequence["Model"], backend: str = "auto") -> None:
         super().__init__()
-        self.members, self.kernels = nn.ModuleList(members), kernels
+        self.members, self.backend = nn.ModuleList(members), backend
         self.block_size = min(member.block_size for member in members)
         self.vocab_size = members[0].vocab_size
 
@@ -41,7 +41,7 @@ class Ensemble(LanguageModel):
 
     def loss(self, h: torch.Tensor, targets: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
         """Cross-entropy in nats of `targets` (…) after hidden states (…, C₁ + C₂ + …); () for "mean" or "sum"."""
-        return softmax_cross_entropy(self.logits(h), targets, reduction=reduction, impl=self.kernels)
+        return softmax_cross_entropy(self.logits(h), targets, reduction=reduction, impl=self.backend)
 
     def _models(self) -> "list[Model]":
         return typing.cast("list[Model]", list(self.members))

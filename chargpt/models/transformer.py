@@ -25,9 +25,9 @@ class AddNorm(nn.Module):
     gain here: the linear layer behind it can hold one.
     """
 
-    def __init__(self, config: TransformerConfig, kernels: str) -> None:
+    def __init__(self, config: TransformerConfig, backend: str) -> None:
         super().__init__()
-        self.kind, self.residual, self.kernels = config.norm, config.residual, kernels
+        self.kind, self.residual, self.backend = config.norm, config.residual, backend
         layernorm = config.norm == "layernorm"
         self.weight = nn.Parameter(torch.ones(config.n_embd)) if layernorm else None
         self.bias = nn.Parameter(torch.zeros(config.n_embd)) if layernorm and config.bias else None
@@ -38,7 +38,7 @@ class AddNorm(nn.Module):
         if branch is not None and not self.residual:
             x, branch = branch, None
         if self.kind == "rmsnorm":
-            return add_rms_norm(x, branch, impl=self.kernels)
+            return add_rms_norm(x, branch, impl=self.backend)
         x = x if branch is None else x + branch
         return x, F.layer_norm(x, x.shape[-1:], self.weight, self.bias) if self.kind == "layernorm" else x
 
@@ -67,11 +67,11 @@ class RotaryPositions(nn.Module):
 class CausalSelfAttention(nn.Module):
     """Multi-head attention (Vaswani et al. 2017, section 3.2) over the past, with optional grouped kv heads."""
 
-    def __init__(self, config: TransformerConfig, vocab_size: int, kernels: str) -> None:
+    def __init__(self, config: TransformerConfig, vocab_size: int, backend: str) -> None:
         super().__init__()
         self.n_head, self.n_kv_head = config.n_head, config.n_kv_head or config.n_head
         self.head_size = config.n_embd // config.n_head
-        self.qk_norm, self.dropout, self.kernels = config.qk_norm, config.dropout, kernels
+        self.qk_norm, self.dropout, self.backend = config.qk_norm, config.dropout, backend
         kv_channels = self.n_kv_head * self.head_size
         self.qkv = nn.Linear(config.n_embd, config.n_embd + 2 * kv_channels, bias=config.bias)
         self.rotary = RotaryPositions(config.block_size, self.head_size) if config.position == "rotary" else None
@@ -92,9 +92,9 @@ class CausalSelfAttention(nn.Module):
             n_head=self.n_head,
             n_kv_head=self.n_kv_head,
             qk_norm=self.qk_norm,
-            impl=self.kernels,
+            impl=self.backend,
         )  # (B, H or H_kv, T, D)
-        y = causal_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, impl=self.kernels)
+        y = causal_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, impl=self.backend)
         y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side
         return F.dropout(self.projection(y), self.dropout, self.training)
 
@@ -102,9 +102,9 @@ class CausalSelfAttention(nn.Module):
 class MLP(nn.Module):
     """One hidden layer per token. SwiGLU: Shazeer 2020, arXiv 2002.05202, eq. 5; ReLU²: So et al. 2021, 2109.08668."""
 
-    def __init__(self, config: TransformerConfig, kernels: str) -> None:
+    def __init__(self, config: TransformerConfig, backend: str) -> None:
         super().__init__()
-        self.activation, self.dropout, self.kernels = config.mlp, config.dropout, kernels
+        self.activation, self.dropout, self.backend = config.mlp, config.dropout, backend
         hidden = round(config.mlp_width * config.n_embd)
         self.expand = nn.Linear(config.n_embd, hidden * (2 if config.mlp == "swiglu" else 1), bias=config.bias)
         self.projection = nn.Linear(hidden, config.n_embd, bias=config.bias) if config.residual else nn.Identity()
@@ -117,7 +117,7 @@ class MLP(nn.Module):
         elif self.activation == "gelu":
             h = F.gelu(h)
         elif self.activation == "relu2":
-            h = relu_squared(h, impl=self.kernels)
+            h = relu_squared(h, impl=self.backend)
         else:
             h = F.relu(h)
         return F.dropout(self.projection(h), self.dropout, self.training)
@@ -129,12 +129,12 @@ class Block(nn.Module):
     What a branch returns is added to the stream by the next norm, so a block takes and gives both.
     """
 
-    def __init__(self, config: TransformerConfig, vocab_size: int, kernels: str) -> None:
+    def __init__(self, config: TransformerConfig, vocab_size: int, backend: str) -> None:
         super().__init__()
-        self.attention_norm = AddNorm(config, kernels)
-        self.attention = CausalSelfAttention(config, vocab_size, kernels)
-        self.mlp_norm = AddNorm(config, kernels) if config.mlp != "none" else None
-        self.mlp = MLP(config, kernels) if config.mlp != "none" else None
+        self.attention_norm = AddNorm(config, backend)
+        self.attention = CausalSelfAttention(config, vocab_size, backend)
+        self.mlp_norm = AddNorm(config, backend) if config.mlp != "none" else None
+        self.mlp = MLP(config, backend) if config.mlp != "none" else None
 
     def forward(
         self, x: torch.Tensor, branch: torch.Tensor | None, idx: torch.Tensor
@@ -153,10 +153,10 @@ class Transformer(LanguageModel):
     Raises ValueError when more than `block_size` tokens are fed.
     """
 
-    def __init__(self, config: TransformerConfig, vocab_size: int, kernels: str = "auto") -> None:
+    def __init__(self, config: TransformerConfig, vocab_size: int, backend: str = "auto") -> None:
         super().__init__()
         seed = int(torch.randint(2**62, ()))  # before any part draws, so that the parts do not matter to it
-        self.config, self.vocab_size, self.kernels = config, vocab_size, kernels
+        self.config, self.vocab_size, self.backend = config, vocab_size, backend
         self.block_size, self.width = config.block_size, config.n_embd  # tokens of context; C
         self.token_embedding = nn.Embedding(vocab_size, config.n_embd)
         self.bigram_embedding = (
@@ -164,8 +164,8 @@ class Transformer(LanguageModel):
         )
         learned = config.position == "learned"
         self.position_embedding = nn.Embedding(config.block_size, config.n_embd) if learned else None
-        self.blocks = nn.ModuleList(Block(config, vocab_size, kernels) for _ in range(config.n_layer))
-        self.norm = AddNorm(config, kernels)
+        self.blocks = nn.ModuleList(Block(config, vocab_size, backend) for _ in range(config.n_layer))
+        self.norm = AddNorm(config, backend)
         self.head = None if config.tied_head else nn.Linear(config.n_embd, vocab_size, bias=config.bias)
         self._initialise(seed)
 
@@ -196,7 +196,7 @@ class Transformer(LanguageModel):
         """Cross-entropy in nats of `targets` (…) after the hidden states (…, C); () for "mean" or "sum", else (…)."""
         weight, bias = self._head()
         cap = self.config.logit_softcap
-        return linear_cross_entropy(h, weight, targets, bias, softcap=cap, reduction=reduction, impl=self.kernels)
+        return linear_cross_entropy(h, weight, targets, bias, softcap=cap, reduction=reduction, impl=self.backend)
 
     def _head(self) -> tuple[torch.Tensor, torch.Tensor | None]:  # (V, C), (V,)
         return (self.token_embedding.weight, None) if self.head is None else (self.head.weight, self.head.bias)

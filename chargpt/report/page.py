@@ -101,7 +101,7 @@ def render(
         provenance=provenance,
         runs=len(rows),
         hours=sum(row["seconds"] or 0 for row in rows) / 3600,
-        facts={key: distinct(rows, key) for key in ("device", "threads", "torch", "kernels", "precision")},
+        facts={key: distinct(rows, key) for key in ("device", "threads", "torch", "backend", "precision")},
         sample_characters=SAMPLE_CHARACTERS,
         style=Markup(style),  # noqa: S704 -- ours, from the package
         script=Markup(script),  # noqa: S704
@@ -121,7 +121,7 @@ def _line(variant: Variant, published: Mapping[str, Published], protocols: Itera
         "losses": {protocol: Statistic.of([row[f"val_{protocol}"] for row in rows]) for protocol in protocols},
         "bits": Statistic.of([row["bits_per_byte"] for row in rows]),
         "published": published.get(variant.name),
-        "kernels": distinct(rows, "kernels"),
+        "backend": distinct(rows, "backend"),
         "precision": distinct(rows, "precision"),
     }
 

@@ -78,14 +78,14 @@ def comparison_table(rows: Iterable[Row], published: Mapping[str, Published] | N
     columns = [column for column in COLUMNS if column[0] not in PROTOCOLS or any(column[0] in row for row in rows)]
     titles = [title for _, title, _ in columns] + ["published"] * bool(published)
     lines = [
-        "| variant | seeds | " + " | ".join(titles) + " | kernels |",
+        "| variant | seeds | " + " | ".join(titles) + " | backend |",
         "|---|---:|" + "---:|" * len(titles) + "---|",
     ]
     for variant, runs in groups.items():
         cells = [_cell([row.get(key) for row in runs], show) for key, _, show in columns]
         if published:
             cells.append(f"{published[variant].loss} ({published[variant].source})" if variant in published else "")
-        lines.append(f"| {variant} | {len(runs)} | " + " | ".join(cells) + f" | {distinct(runs, 'kernels')} |")
+        lines.append(f"| {variant} | {len(runs)} | " + " | ".join(cells) + f" | {distinct(runs, 'backend')} |")
     return "\n".join(lines)
 
 

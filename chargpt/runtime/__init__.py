@@ -1,6 +1,6 @@
 """The machine that a model runs on.
 
-device.py   device, precision, compilation, kernels: what `auto` becomes, and why
+device.py   device, precision, compilation, backend: what `auto` becomes, and why
 memory.py   what is free
 interrupts.py   Ctrl-C and SIGTERM
 """

@@ -1,4 +1,4 @@
-"""Where and how a model runs: device, precision, compilation and kernels, each chosen with its reason.
+"""Where and how a model runs: device, precision, compilation and backend, each chosen with its reason.
 
 `auto` never fails; asking by name for what this machine lacks is an error that says why.
 """
@@ -25,7 +25,7 @@ class Runtime:
     device: torch.device
     precision: str  # fp32 or bf16 (autocast; weights and optimizer stay fp32)
     compile: bool
-    kernels: str  # the implementation of attention and cross-entropy, or of both joined by +
+    backend: str  # who computes attention and cross-entropy, both joined by + where they differ
     reasons: tuple[str, ...]
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
@@ -43,8 +43,8 @@ def resolve_runtime(config: TrainConfig) -> Runtime:
     precision, precision_reason = _precision(config, device)
     compiled, compile_reason = _compile(config.compile, device)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    attention = resolve("causal_attention", device, dtype, config.kernels)
-    cross_entropy = resolve("softmax_cross_entropy", device, dtype, config.kernels)
+    attention = resolve("causal_attention", device, dtype, config.backend)
+    cross_entropy = resolve("softmax_cross_entropy", device, dtype, config.backend)
     return Runtime(
         device,
         precision,
@@ -54,7 +54,7 @@ def resolve_runtime(config: TrainConfig) -> Runtime:
             f"device {device}: {device_reason}",
             f"precision {precision}: {precision_reason}",
             f"compile {'on' if compiled else 'off'}: {compile_reason}",
-            *dict.fromkeys(f"kernels {choice.name}: {choice.reason}" for choice in (attention, cross_entropy)),
+            *dict.fromkeys(f"backend {choice.name}: {choice.reason}" for choice in (attention, cross_entropy)),
         ),
     )
 
@@ -106,7 +106,7 @@ def _precision(config: TrainConfig, device: torch.device) -> tuple[str, str]:
 
 def _cpu_precision(config: TrainConfig) -> tuple[str, str]:
     module = native.load().module
-    if module is None or config.kernels == "torch":
+    if module is None or config.backend == "torch":
         return "fp32", "the default on a CPU without the C++ kernels"
     if not module.cpu_features()["avx512_bf16"]:
         return "fp32", "the CPU has no instructions for bf16"

@@ -25,7 +25,7 @@ class RunDescription:
     variant: str
     seed: int
     params: dict[str, Any] = field(default_factory=dict)  # flat, dotted keys
-    tags: dict[str, str] = field(default_factory=dict)  # hashes of corpus and splits, kernels, torch, device …
+    tags: dict[str, str] = field(default_factory=dict)  # hashes of corpus and splits, backend, torch, device …
     dataset: Dataset | None = None
 
 

@@ -18,7 +18,7 @@ from chargpt.models import LanguageModel
 
 
 def load_teachers(
-    paths: Sequence[Path], splits: Splits, block_size: int, device: torch.device, kernels: str = "auto"
+    paths: Sequence[Path], splits: Splits, block_size: int, device: torch.device, backend: str = "auto"
 ) -> LanguageModel:
     """The models at `paths` as one, in evaluation mode, for a student with `block_size` and the data of `splits`.
 
@@ -26,7 +26,7 @@ def load_teachers(
     """
     for path in paths:
         checkpoint.require_same_data(path, splits.fingerprint)
-    teachers, _ = checkpoint.load_ensemble(paths, device, kernels)
+    teachers, _ = checkpoint.load_ensemble(paths, device, backend)
     if teachers.block_size < block_size:
         raise CheckpointError(
             f"the teachers read {teachers.block_size} tokens and their student {block_size}; "

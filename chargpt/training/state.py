@@ -49,7 +49,7 @@ class Run:
             "device": runtime.device.type,
             "precision": runtime.precision,
             "compile": runtime.compile,
-            "kernels": runtime.kernels,
+            "backend": runtime.backend,
         }
         given = {"seed": self.seed, "data": self.splits.fingerprint}
         return flatten(self.config) | chosen | given | self.teacher_weights
@@ -92,7 +92,7 @@ def stream_seed(seed: int, stream: str) -> int:
 def new_state(run: Run, runtime: Runtime) -> State:
     """Everything at step 0. Seeds torch's default generators, which are the dropout stream."""
     config, tokenizer = run.config, run.splits.tokenizer
-    model = build_model(config.model, tokenizer.vocab_size, stream_seed(run.seed, "init"), run.config.kernels)
+    model = build_model(config.model, tokenizer.vocab_size, stream_seed(run.seed, "init"), run.config.backend)
     model.to(runtime.device)
     torch.manual_seed(stream_seed(run.seed, "dropout"))
     average = None
@@ -102,7 +102,7 @@ def new_state(run: Run, runtime: Runtime) -> State:
     batches = build_batches(config.order, run.splits.train, config.batch_size, block_size, seed)
     teacher = None
     if run.teachers:
-        teacher = load_teachers(run.teachers, run.splits, block_size, runtime.device, config.kernels)
+        teacher = load_teachers(run.teachers, run.splits, block_size, runtime.device, config.backend)
     return State(model, build_optimizers(model, config.optimizer), average, batches, teacher)
 
 

@@ -14,7 +14,7 @@ from chargpt.errors import user_errors
 from pipelines.compare import METRICS
 
 PUBLISHED = Path("reports/published.json")
-BITS, MACHINE = ("weights_sha256", "val_full"), ("device", "threads", "precision", "kernels", "torch")
+BITS, MACHINE = ("weights_sha256", "val_full"), ("device", "threads", "precision", "backend", "torch")
 Runs = Mapping[str, Mapping[str, Any]]  # metrics by the run's name
 
 

@@ -16,17 +16,17 @@ DIFFERENCE = 1e-3  # that two implementations may have in one of the losses
 VOCABULARY = 20
 
 
-def small_model(kernels: str, device: str = "cpu", dropout: float = 0.1) -> Transformer:
+def small_model(backend: str, device: str = "cpu", dropout: float = 0.1) -> Transformer:
     config = TransformerConfig(block_size=33, n_layer=2, n_head=2, n_embd=32, dropout=dropout)
-    model = build_model(config, VOCABULARY, seed=1, kernels=kernels)
+    model = build_model(config, VOCABULARY, seed=1, backend=backend)
     assert isinstance(model, Transformer)
     return model.to(device)
 
 
-def training_losses(kernels: str, device: str = "cpu") -> torch.Tensor:
+def training_losses(backend: str, device: str = "cpu") -> torch.Tensor:
     """Training losses (STEPS,) in float32, with dropout, on a text that can be learnt."""
-    model = small_model(kernels, device)
-    config = TrainConfig(model=model.config, batch_size=4, precision="fp32", kernels=kernels, device=device)
+    model = small_model(backend, device)
+    config = TrainConfig(model=model.config, batch_size=4, precision="fp32", backend=backend, device=device)
     tokens = np.tile(np.random.default_rng(1).integers(VOCABULARY, size=200, dtype=np.uint8), 20)
     batches = build_batches("random", tokens, config.batch_size, model.config.block_size, seed=2)
     optimizers, runtime = build_optimizers(model, config.optimizer), resolve_runtime(config)

@@ -56,10 +56,10 @@ def test_a_name_that_cannot_run_is_an_error_with_the_reason() -> None:
     q = torch.zeros(1, 1, 1, 1)
     for name in {"cpp", "cuda", "triton"} - set(available_backends()):
         reason = describe_backends()[name].removeprefix("not available: ")
-        with pytest.raises(ConfigError, match=f"kernels={name} cannot run causal_attention") as error:
+        with pytest.raises(ConfigError, match=f"backend={name} cannot run causal_attention") as error:
             causal_attention(q, q, q, impl=name)
         assert reason in str(error.value)
-        with pytest.raises(ConfigError, match=f"kernels={name} cannot run softmax_cross_entropy"):
+        with pytest.raises(ConfigError, match=f"backend={name} cannot run softmax_cross_entropy"):
             softmax_cross_entropy(torch.zeros(1, 2), torch.tensor([0]), impl=name)
 
 
@@ -173,9 +173,9 @@ def test_the_small_operations_on_a_gpu_are_the_references_whatever_name_a_model_
     with_problems(monkeypatch, cuda=None, triton="not installed")
     assert resolve(operation, "cuda", torch.float32).name == "torch"
     assert resolve(operation, "cuda", torch.float32, "cuda") == Choice("torch", "cuda leaves it to the reference")
-    with pytest.raises(ConfigError, match=f"kernels=triton cannot run {operation}: not installed"):
+    with pytest.raises(ConfigError, match=f"backend=triton cannot run {operation}: not installed"):
         resolve(operation, "cuda", torch.float32, "triton")
-    with pytest.raises(ConfigError, match=f"kernels=cuda cannot run {operation}: it runs on cuda, not on cpu"):
+    with pytest.raises(ConfigError, match=f"backend=cuda cannot run {operation}: it runs on cuda, not on cpu"):
         resolve(operation, "cpu", torch.float32, "cuda")
 
 
@@ -187,7 +187,7 @@ def test_the_gpus_kernels_leave_float64_and_the_cpu_to_others(monkeypatch: pytes
         ConfigError, match=r"it takes torch\.float32, torch\.bfloat16, torch\.float16, not torch\.float64"
     ):
         resolve("causal_attention", "cuda", torch.float64, name)
-    with pytest.raises(ConfigError, match=f"kernels={name} cannot run .*: it runs on cuda, not on cpu"):
+    with pytest.raises(ConfigError, match=f"backend={name} cannot run .*: it runs on cuda, not on cpu"):
         resolve("softmax_cross_entropy", "cpu", torch.float32, name)
 
 

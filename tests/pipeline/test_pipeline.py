@@ -25,7 +25,7 @@ KEYS = {
     "val_full",
     "val_nanogpt",
     "val_sliding",
-    "kernels",
+    "backend",
     "device",
     "threads",
     "torch",
@@ -281,10 +281,10 @@ def test_queued_experiments_land_in_the_same_store_with_the_same_kernels(project
 
     runs = {run.data.tags["dvc.experiment"]: run for run in tracked_runs(project) if run.info.run_id not in before}
     assert {name: run.data.params["max_steps"] for name, run in runs.items()} == {"shorter": "30", "longer": "80"}
-    kernels = json.loads((project / "reports/comparison.json").read_text())["bigram"]["runs"][0]["kernels"]
+    kernels = json.loads((project / "reports/comparison.json").read_text())["bigram"]["runs"][0]["backend"]
     for run in runs.values():
         assert run.info.status == "FINISHED"
-        assert run.data.tags["kernels"] == kernels
+        assert run.data.tags["backend"] == kernels
         location = Path(run.info.artifact_uri.removeprefix("file://"))
         assert location.is_relative_to(project / "mlartifacts")
         assert (location / "curve.csv").exists()

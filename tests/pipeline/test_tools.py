@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def run(loss: float, weights: str = "a" * 64, **more: Any) -> dict[str, Any]:
-    machine = {"device": "AMD EPYC", "threads": 2, "precision": "bf16", "kernels": "cpp", "torch": "2.13.0"}
+    machine = {"device": "AMD EPYC", "threads": 2, "precision": "bf16", "backend": "cpp", "torch": "2.13.0"}
     return {"val_full": loss, "weights_sha256": weights, **machine} | more
 
 

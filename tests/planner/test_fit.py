@@ -233,7 +233,7 @@ def test_evaluations_take_a_tenth_of_the_time_at_most(minutes: float, tokens: in
 def test_parameters_are_counted_without_building_the_model(name: str, vocab_size: int) -> None:
     model = PRESETS[name].model
     assert parameter_estimate(model, vocab_size) == pytest.approx(
-        parameter_count(build_model(model, vocab_size, seed=1, kernels="torch")), rel=0.01
+        parameter_count(build_model(model, vocab_size, seed=1, backend="torch")), rel=0.01
     )
 
 
@@ -245,7 +245,7 @@ def test_the_parameters_of_other_models_are_counted_too() -> None:
         dataclasses.replace(plain, mlp="swiglu", position="rotary", mlp_width=2.5),
         dataclasses.replace(plain, mlp="none", residual=False, tied_head=False),
     ):
-        exact = parameter_count(build_model(model, 50, seed=1, kernels="torch"))
+        exact = parameter_count(build_model(model, 50, seed=1, backend="torch"))
         assert parameter_estimate(model, 50) == pytest.approx(exact, rel=0.02)
 
 

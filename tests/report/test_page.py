@@ -58,7 +58,7 @@ def test_one_seed_has_no_deviation_and_the_first_variant_no_gain() -> None:
 
 
 def test_runs_on_different_machines_are_all_named() -> None:
-    rows = [row("a", 1, 2.0), row("a", 2, 2.1, device="H100", kernels="cuda")]
+    rows = [row("a", 1, 2.0), row("a", 2, 2.1, device="H100", backend="cuda")]
     mixed = Variant("a", rows, [points(2.0), points(2.1)], "", "", "dvc repro train@a-1")
     text = text_of(render([mixed], PROVENANCE, {}, {}))
     assert "AMD EPYC, H100" in text
@@ -87,7 +87,7 @@ def test_only_the_beginning_of_a_long_sample_is_shown() -> None:
 
 def test_html_in_every_text_from_outside_is_escaped() -> None:
     evil = "</script><script>document.title='x'</script><img src=x onerror=alert(1)>\"'&"
-    hostile = Variant(evil, [row(evil, 1, 2.0, device=evil, kernels=evil)], [points(2.0)], evil, evil, evil)
+    hostile = Variant(evil, [row(evil, 1, 2.0, device=evil, backend=evil)], [points(2.0)], evil, evil, evil)
     page = render(
         [hostile], Provenance(evil, evil, evil, True, PROVENANCE.made), {evil: Published(1, evil)}, {evil: 2.0}
     )

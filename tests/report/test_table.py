@@ -36,7 +36,7 @@ def row(variant: str, seed: int, val_full: float, **more: Any) -> dict[str, Any]
         "bits_per_byte": 2.5,
         "val_sliding": 1.8,
         "val_nanogpt": 1.9,
-        "kernels": "torch",
+        "backend": "torch",
     } | more
 
 
@@ -68,7 +68,7 @@ def test_a_variant_is_one_line_with_mean_and_deviation_over_its_seeds() -> None:
         "bits/byte": "2.500",
         "val (sliding)": "1.8000",  # equal values need no deviation
         "val (nanogpt)": "1.9000",
-        "kernels": "torch",
+        "backend": "torch",
     }
 
 
@@ -85,7 +85,7 @@ def test_variants_stay_in_their_order_even_when_their_rows_are_mixed() -> None:
 
 
 def test_every_implementation_of_the_kernels_is_named() -> None:
-    rows = [row("a", 1, 1.0), row("a", 2, 1.0, kernels="cpp"), row("a", 3, 1.0)]
+    rows = [row("a", 1, 1.0), row("a", 2, 1.0, backend="cpp"), row("a", 3, 1.0)]
     assert cells(comparison_table(rows).splitlines()[2])[-1] == "cpp, torch"
 
 

@@ -34,12 +34,12 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_auto_on_a_cpu_gives_each_choice_its_reason() -> None:
     runtime = resolve_runtime(AUTO)
     assert (runtime.device, runtime.compile) == (torch.device("cpu"), False)
-    assert runtime.kernels in ("torch", "cpp", "cpp+torch", "torch+cpp")
+    assert runtime.backend in ("torch", "cpp", "cpp+torch", "torch+cpp")
     reasons = dict(line.split(": ", 1) for line in runtime.reasons)
     assert reasons["device cpu"] == "no CUDA GPU is here"
     assert reasons[f"precision {runtime.precision}"]
     assert reasons["compile off"]
-    assert any(choice.startswith("kernels ") for choice in reasons)
+    assert any(choice.startswith("backend ") for choice in reasons)
 
 
 class NativeModule:
@@ -55,7 +55,7 @@ class NativeModule:
         (NativeModule(bf16=True), [], "bf16", "twice as fast"),
         (NativeModule(bf16=True), ["model.n_embd=32"], "fp32", "below 64 channels"),
         (NativeModule(bf16=True), ["model.kind=bigram"], "fp32", "below 64 channels"),
-        (NativeModule(bf16=True), ["kernels=torch"], "fp32", "without the C\\+\\+ kernels"),
+        (NativeModule(bf16=True), ["backend=torch"], "fp32", "without the C\\+\\+ kernels"),
         (NativeModule(bf16=False), [], "fp32", "no instructions for bf16"),
         (None, [], "fp32", "without the C\\+\\+ kernels"),
     ],
@@ -116,12 +116,12 @@ def test_a_device_that_is_none_of_ours_is_an_error(name: str) -> None:
 @without_cuda
 @pytest.mark.parametrize("name", ["cuda", "triton"])
 def test_kernels_asked_for_that_cannot_run_are_an_error_that_says_why(name: str) -> None:
-    with pytest.raises(ConfigError, match=rf"kernels={name} cannot run causal_attention: .*use kernels=auto"):
-        resolve_runtime(override(AUTO, ["device=cpu", f"kernels={name}"]))
+    with pytest.raises(ConfigError, match=rf"backend={name} cannot run causal_attention: .*use backend=auto"):
+        resolve_runtime(override(AUTO, ["device=cpu", f"backend={name}"]))
 
 
 def test_the_reference_kernels_can_always_be_asked_for() -> None:
-    assert resolve_runtime(override(AUTO, ["kernels=torch"])).kernels == "torch"
+    assert resolve_runtime(override(AUTO, ["backend=torch"])).backend == "torch"
 
 
 def test_the_cpu_has_a_name() -> None:
@@ -133,8 +133,8 @@ def test_info_says_what_exists_and_why_the_rest_does_not() -> None:
     assert info["packages"]["torch"].startswith(torch.__version__.split("+")[0])
     assert info["cpu"]["cores"] >= 1
     assert info["cpu"]["torch_threads"] == torch.get_num_threads()
-    assert set(info["kernels"]) == {"cuda", "triton", "cpp", "torch"}
-    for state in info["kernels"].values():
+    assert set(info["backends"]) == {"cuda", "triton", "cpp", "torch"}
+    for state in info["backends"].values():
         assert state.startswith(("available: ", "not available: "))
         assert len(state) > len("not available: ")
     chosen = info["chosen"]["cpu"]
@@ -143,9 +143,9 @@ def test_info_says_what_exists_and_why_the_rest_does_not() -> None:
         "softmax_cross_entropy",
         *(name for name, one in OPERATIONS.items() if one.small),
     }
-    assert "+".join(dict.fromkeys(chosen.values())) == resolve_runtime(override(runs.BIGRAM, ["kernels=auto"])).kernels
+    assert "+".join(dict.fromkeys(chosen.values())) == resolve_runtime(override(runs.BIGRAM, ["backend=auto"])).backend
     text = as_text(info)
-    for name in (*info["kernels"], "torch ", "native module: ", "cuda module: ", "gpus: "):
+    for name in (*info["backends"], "torch ", "native module: ", "cuda module: ", "gpus: "):
         assert name in text
 
 

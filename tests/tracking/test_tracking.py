@@ -31,7 +31,7 @@ RUN = RunDescription(
     variant="bigram",
     seed=7,
     params={"model.kind": "bigram", "optimizer.beta1": 0.9, "note": "x" * 6001} | {f"many.{i}": i for i in range(150)},
-    tags={"torch": "2.13.0", "kernels": "torch"},
+    tags={"torch": "2.13.0", "backend": "torch"},
     dataset=Dataset("tiny_shakespeare", "d" * 64, train_tokens=1_003_854, val_tokens=111_540),
 )
 
@@ -112,7 +112,7 @@ def test_run_shows_what_it_is(project: Path, monkeypatch: pytest.MonkeyPatch, cl
         "variant": "bigram",
         "seed": "7",
         "torch": "2.13.0",
-        "kernels": "torch",
+        "backend": "torch",
         "mlflow.source.git.commit": commit,
         "git.dirty": "false",
         "dvc.experiment": "brave-experiment",

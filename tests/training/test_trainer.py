@@ -80,7 +80,7 @@ def test_training_prints_each_choice_the_estimate_and_a_line_for_each_evaluation
     runs.train(tmp_path / "run")
     out, err = capsys.readouterr()
     assert out == ""
-    for start in ("device cpu: ", "precision fp32: ", "compile off: ", "kernels torch: ", "361 parameters, about "):
+    for start in ("device cpu: ", "precision fp32: ", "compile off: ", "backend torch: ", "361 parameters, about "):
         assert sum(line.startswith(start) for line in err.splitlines()) == 1, start
     assert [int(step) for step in re.findall(r"^step +(\d+)  val \d", err, re.M)] == [0, 6, 12, 18, 20]
 
@@ -180,7 +180,7 @@ def test_a_text_too_small_is_refused_before_anything_is_written(tmp_path: Path) 
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("name", ["device", "kernels"])
+@pytest.mark.parametrize("name", ["device", "backend"])
 def test_what_this_machine_lacks_is_refused_before_training(name: str, tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
@@ -477,7 +477,7 @@ class Given:
 
 def double_model_and_batch(rows: int = 6) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
     config = override(runs.TRANSFORMER, ["model.dropout=0"]).model
-    model = build_model(config, 11, seed=1, kernels="torch").double()
+    model = build_model(config, 11, seed=1, backend="torch").double()
     idx, targets = torch.randint(11, (2, rows, 8), generator=torch.Generator().manual_seed(2))
     return model, idx, targets
 
@@ -578,7 +578,7 @@ def test_weight_decay_acts_on_matrices_and_embeddings_alone() -> None:
         runs.TRANSFORMER, ["model.bias=true", "model.value_embeddings=true", "optimizer.weight_decay=0.5"]
     )
     for kind in ("adamw", "muon"):
-        model = build_model(config.model, 11, seed=1, kernels="torch")
+        model = build_model(config.model, 11, seed=1, backend="torch")
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.fill_(1.0)
