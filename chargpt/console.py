@@ -64,7 +64,8 @@ class Console:
             left = duration(whole - self.timing.seconds)
             line += f"  train {self.loss:.4f}  {self.timing.tokens_per_second:,.0f} tokens/s  {left} left"
         say(line)
-        if self.minutes is not None and whole > TOO_LONG * 60 * self.minutes:
+        warm = event.step >= self.max_steps / 20  # the first steps pay for memory and compiling
+        if self.minutes is not None and warm and whole > TOO_LONG * 60 * self.minutes:
             say(
                 f"the {self.max_steps:,} steps of this run will take about {duration(whole)} of training, not the "
                 f"{self.minutes:g} min that were asked for: this machine is slower than when they were counted"

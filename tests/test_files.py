@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from chargpt import files
-from chargpt.files import replaced_file, replaced_folder
+from chargpt.files import replaced_file, replaced_folder, sweep
 
 FAILURES = [ValueError, KeyboardInterrupt, SystemExit, MemoryError]
 
@@ -171,3 +171,41 @@ def test_the_old_folder_comes_back_when_the_new_one_cannot_take_its_place(
         (temporary / "new").touch()
     assert names(folder) == ["old"]
     assert names(tmp_path) == ["folder"]
+
+
+# --------------------------------------------------------------------------------------------------------------- sweep
+
+
+def test_sweep_takes_what_a_killed_process_left_and_nothing_else(tmp_path: Path) -> None:
+    program = (
+        "import os, sys; from pathlib import Path; from chargpt.files import replaced_file, replaced_folder\n"
+        "with replaced_folder(Path(sys.argv[1]) / 'folder'), replaced_file(Path(sys.argv[1]) / 'file.txt'): os._exit(9)"
+    )
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=False)
+    left = names(tmp_path)
+    assert len(left) == 2
+    mine = (
+        ".file.txt",
+        ".file.txt.abc",
+        ".file.txt.0123456z",
+        ".file.txt.0123abcd.bak",
+        ".other.txt.01234567",
+        "file.txt",
+    )
+    for name in mine:
+        (tmp_path / name).write_text("of the user")
+    sweep(tmp_path / "file.txt")
+    sweep(tmp_path / "folder")
+    sweep(tmp_path / "nowhere" / "file.txt")
+    assert names(tmp_path) == sorted(mine)
+
+
+def test_a_full_disk_is_blamed_on_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left") as error, replaced_file(tmp_path / "file.txt") as file:
+        file.write(b"x")
+    assert error.value.filename == str(tmp_path / "file.txt")
+    assert names(tmp_path) == []

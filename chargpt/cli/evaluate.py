@@ -99,11 +99,11 @@ def _validation_tokens(
     model was trained on other data than the first.
     """
     from chargpt.checkpoint import find_checkpoint, read_description, require_same_data
-    from chargpt.data import find_splits, load_splits
+    from chargpt.data import MANIFEST, find_splits, load_splits
 
     first = checkpoints[0]
     summary = read_description(find_checkpoint(first))["summary"]
-    if given is not None and given.is_dir() and (given / "manifest.json").exists():
+    if given is not None and given.is_dir() and (given / MANIFEST).exists():
         splits = load_splits(given)
         if splits.tokenizer.fingerprint != tokenizer.fingerprint:
             raise TokenizerError(

@@ -10,6 +10,7 @@ mean equal tokens, and a run that names its data needs no copy of it. Parts may 
 memory-mapped, and nothing here reads all of one but the writing, and `verify`.
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -22,7 +23,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from chargpt.errors import ChargptError, CorpusError
+from chargpt.errors import ChargptError, CorpusError, TokenizerError
 from chargpt.files import replaced_file, replaced_folder
 from chargpt.tokenizers import Tokenizer, load_tokenizer, token_dtype
 
@@ -184,14 +185,18 @@ def read_manifest(folder: Path) -> Mapping[str, Any]:
             raise CorpusError(
                 f"{path} is of format {manifest['format']} {manifest['version']}; this version reads {FORMAT} {VERSION}"
             )
+        digests = [manifest["tokenizer"]]
         for name in PARTS:
             part = manifest["parts"][name]
             shards = part["shards"]
+            digests += [shard["sha256"] for shard in shards]
             safe = [shard["file"] == _shard_name(name, number) for number, shard in enumerate(shards)]
             if not (shards and all(safe) and sum(int(shard["tokens"]) for shard in shards) == part["tokens"] >= 1):
                 raise ValueError(f"the shards of {name} do not make up its tokens")
             if not part["bytes"] >= 1:
                 raise ValueError(f"{name} has {part['bytes']} bytes")
+        if not all(isinstance(digest, str) for digest in digests):
+            raise ValueError("a SHA-256 is no text")
     except (FileNotFoundError, NotADirectoryError):
         raise CorpusError(f"{folder} holds no {MANIFEST}; make it with `dvc repro split`, or train on a text") from None
     except ChargptError:
@@ -224,9 +229,8 @@ def find_splits(near: Path, fingerprint: str) -> Path | None:
     """The folder of the data with this fingerprint: data/<fingerprint> or data/splits beside `near` or above it."""
     for folder in (near.resolve(), *near.resolve().parents):
         for candidate in (folder / "data" / fingerprint, folder / "data" / "splits"):
-            if (candidate / MANIFEST).is_file():
-                content = _canonical(read_manifest(candidate))
-                if hashlib.sha256(content).hexdigest() == fingerprint:
+            with contextlib.suppress(CorpusError):  # none there, or of another version: looked at by chance
+                if hashlib.sha256(_canonical(read_manifest(candidate))).hexdigest() == fingerprint:
                     return candidate
     return None
 
@@ -234,7 +238,9 @@ def find_splits(near: Path, fingerprint: str) -> Path | None:
 def keep_splits(folder: Path, splits: Splits) -> Path:
     """Write the data into `folder`/<fingerprint>, where runs find it, unless it lies there whole; that folder."""
     target = folder / splits.fingerprint
-    if not (target / MANIFEST).is_file():
+    try:
+        load_splits(target)
+    except (CorpusError, TokenizerError):
         write_splits(target, splits)
     return target
 

@@ -208,6 +208,12 @@ def test_data_is_found_by_its_hash_beside_a_run_and_above_it(written: Path, tmp_
     for near in (run, run / "best" / "deeper", tmp_path / "project" / "runs"):
         assert find_splits(near, splits.fingerprint) == kept
     assert find_splits(run, "0" * 64) is None
+    (kept / "train-00000.npy").unlink()
+    assert keep_splits(tmp_path / "project" / "runs" / "data", splits) == kept  # mended
+    verify(kept)
+    (tmp_path / "project" / "runs" / "my" / "data" / "splits").mkdir(parents=True)
+    (tmp_path / "project" / "runs" / "my" / "data" / "splits" / MANIFEST).write_text("of another version")
+    assert find_splits(run, splits.fingerprint) == kept
     write_splits(tmp_path / "project" / "data" / "splits", splits)
     (tmp_path / "project" / "models" / "a").mkdir(parents=True)
     assert find_splits(tmp_path / "project" / "models" / "a", splits.fingerprint).name == "splits"
