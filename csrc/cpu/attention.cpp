@@ -8,7 +8,7 @@
 #include <atomic>
 #include <cstdlib>
 
-#include "isa.h"
+#include "simd/isa.h"
 
 namespace chargpt::cpu {
 namespace {
@@ -48,8 +48,8 @@ struct Kernels {
 }  // namespace
 }  // namespace chargpt::cpu
 
-#define CHARGPT_KERNEL "attention_kernel.h"
-#include "foreach_isa.h"
+#define CHARGPT_KERNEL "../attention_kernel.h"
+#include "simd/foreach_isa.h"
 
 namespace chargpt::cpu {
 namespace {

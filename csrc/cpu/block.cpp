@@ -2,7 +2,7 @@
 
 #include "block.h"
 
-#include "isa.h"
+#include "simd/isa.h"
 
 namespace chargpt::cpu {
 namespace {
@@ -19,8 +19,8 @@ struct BlockKernels {
 }  // namespace
 }  // namespace chargpt::cpu
 
-#define CHARGPT_KERNEL "block_kernel.h"
-#include "foreach_isa.h"
+#define CHARGPT_KERNEL "../block_kernel.h"
+#include "simd/foreach_isa.h"
 
 namespace chargpt::cpu {
 namespace {

@@ -10,7 +10,7 @@
 //                 for which it reads the head anyway.
 // bfloat16 is widened as it is read and rounded once as it is written.
 
-#include "simd.h"
+#include "simd/simd.h"
 
 namespace chargpt::cpu::CHARGPT_ISA {
 namespace {
