@@ -114,7 +114,7 @@ def fit(request: Request, text: Text, machine: Machine) -> Fitted:
 def validation_fraction(tokens: int) -> tuple[float, str]:
     """The last part of a text of so many tokens to validate on, and why."""
     if tokens * 0.1 > MOST_VALIDATION:
-        return MOST_VALIDATION / tokens, f"the last {MOST_VALIDATION:,} characters measure a loss to a hundredth"
+        return MOST_VALIDATION / tokens, f"the last {MOST_VALIDATION:,} tokens measure a loss to a hundredth"
     if tokens < 10_000:
         return 0.2, "a tenth of so short a text would measure nothing"
     return 0.1, "the last tenth of the text"
@@ -157,12 +157,12 @@ def _fit_block(choices: _Choices, text: Text) -> None:
     if block > longest and "model.block_size" not in choices.fixed:
         if longest < SHORTEST_BLOCK:
             raise CorpusError(
-                f"{text.train_tokens + text.val_tokens} characters are too few to learn from; some ten thousand are a "
+                f"{text.train_tokens + text.val_tokens} tokens are too few to learn from; some ten thousand are a "
                 f"beginning, a million is good"
             )
         shorter = 2 ** (longest.bit_length() - 1)
         choices.set(
-            f"block_size {shorter} in place of {block}: {text.val_tokens:,} characters to validate on hold few windows",
+            f"block_size {shorter} in place of {block}: {text.val_tokens:,} tokens to validate on hold few windows",
             {"model.block_size": shorter},
         )
 

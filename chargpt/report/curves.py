@@ -13,8 +13,6 @@ import numpy as np
 from chargpt.errors import CorpusError
 from chargpt.files import replaced_file
 
-COLUMNS = ("step", "tokens", "train_loss", "val_loss", "learning_rate")  # of curve.csv
-
 
 @dataclass(frozen=True)
 class CurvePoint:

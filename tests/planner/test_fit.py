@@ -190,7 +190,7 @@ def test_any_text_gives_windows_to_train_and_to_validate_on(tokens: int) -> None
 
 
 def test_a_text_of_a_few_words_is_refused() -> None:
-    with pytest.raises(CorpusError, match="22 characters are too few to learn from"):
+    with pytest.raises(CorpusError, match="22 tokens are too few to learn from"):
         fit(Request(), text_of(22), machine())
 
 
