@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from chargpt.data import Splits
 
 TINY_SHAKESPEARE = (1_003_854, 111_540, 65)  # tokens to train and to validate on, symbols: before it was downloaded
-STAGE_SECONDS = 5.0  # around the training of a run: Python, torch, DVC, a sample
-TRIAL_SECONDS = 0.5  # for each run
+STAGE_SECONDS = 18.0  # around the training of a run: Python, torch, MLflow, DVC, the last scores and its sample
+TRIAL_SECONDS = 1.0  # for each run
 
 
 def main() -> None:
