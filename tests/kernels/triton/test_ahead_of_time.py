@@ -246,7 +246,7 @@ def test_importing_chargpt_imports_no_triton_kernels_and_needs_no_triton() -> No
         import sys
         sys.modules["triton"] = None  # as if it were not installed
         import chargpt.kernels
-        from chargpt.kernels import triton
+        from chargpt.kernels.backends import triton
         assert triton.problem() == "triton is not installed"
         assert "chargpt.kernels.backends.triton.attention" not in sys.modules
     """
