@@ -17,7 +17,7 @@ help:  ## list the targets
 setup: $(READY)  ## make .venv with the pinned packages and chargpt itself
 
 # Again only when a pin, the metadata or the native module's source changes.
-$(READY): constraints.txt pyproject.toml setup.py $(wildcard csrc/* csrc/*/*)
+$(READY): constraints.txt pyproject.toml setup.py $(wildcard csrc/* csrc/*/* csrc/*/*/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "chargpt needs Python 3.11 or newer: make PYTHON=python3.11 …"; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r constraints.txt
@@ -80,7 +80,7 @@ sanitize: $(SANITIZED:%=build/sanitize/%)  ## run the C++ under AddressSanitizer
 	for kernel in $^; do for isa in plain avx2 avx512 avx512_bf16; do \
 		CHARGPT_CPU_ISA=$$isa UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 $$kernel || exit 1; done; done
 
-build/sanitize/%: csrc/tests/%_test.cpp csrc/cpu/%.cpp $(wildcard csrc/cpu/* csrc/common/*)
+build/sanitize/%: csrc/tests/%_test.cpp csrc/cpu/%.cpp $(wildcard csrc/cpu/* csrc/cpu/simd/* csrc/common/*)
 	@mkdir -p $(@D)
 	$(CXX) -std=c++20 -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined \
 		csrc/tests/$*_test.cpp csrc/cpu/$*.cpp -o $@

@@ -113,6 +113,7 @@ def _first_config(arguments: argparse.Namespace, request: "Request") -> "tuple[T
     """The config before anything is adjusted, and its name."""
     from chargpt.config import load_train_config
     from chargpt.config.presets import PRESETS
+    from chargpt.experiment import CONFIG
     from chargpt.planner import assigned, choose_preset
     from chargpt.runtime import resolve_device
 
@@ -120,7 +121,7 @@ def _first_config(arguments: argparse.Namespace, request: "Request") -> "tuple[T
         config, name = load_train_config(arguments.config), None
     elif arguments.like is not None:
         config, name = (
-            load_train_config(_run_folder(arguments.like) / "config.yaml"),
+            load_train_config(_run_folder(arguments.like) / CONFIG),
             _like(arguments.like, "variant", ""),
         )
     else:
@@ -132,8 +133,10 @@ def _first_config(arguments: argparse.Namespace, request: "Request") -> "tuple[T
 
 
 def _run_folder(path: Path) -> Path:
-    if not (path / "config.yaml").is_file():
-        raise ConfigError(f"--like {path}: that is no folder of a run (no config.yaml in it)")
+    from chargpt.experiment import CONFIG
+
+    if not (path / CONFIG).is_file():
+        raise ConfigError(f"--like {path}: that is no folder of a run (no {CONFIG} in it)")
     return path
 
 
@@ -148,6 +151,7 @@ def _as_it_began(run: "Run", arguments: argparse.Namespace, request: "Request") 
     """A run that resumes has the config it began with, under --set: the trainer refuses what differs."""
     from chargpt.checkpoint import read_description
     from chargpt.config import load_train_config, override
+    from chargpt.experiment import CONFIG
 
     if arguments.config is not None:
         return run
@@ -157,7 +161,7 @@ def _as_it_began(run: "Run", arguments: argparse.Namespace, request: "Request") 
             f"{run.folder} holds a run of {began}, and --preset {arguments.preset} asks for another; choose another "
             f"folder (--out), or leave out --preset to resume it"
         )
-    config = override(load_train_config(run.folder / "config.yaml"), list(request.assignments))
+    config = override(load_train_config(run.folder / CONFIG), list(request.assignments))
     return dataclasses.replace(run, variant=began, config=config)
 
 

@@ -24,8 +24,8 @@ RUN_ID = "mlflow.json"  # in a run's folder: the id of its run in the store
 def open_tracker(config: TrackingConfig, run: RunDescription, folder: Path, resumed: bool) -> Tracker:
     """Start a run, or go on with the one that RUN_ID in the folder of a resumed run names.
 
-    Never raises for a store that fails. A run that the store no longer has starts anew, and its
-    first `log` stores the whole history.
+    Never raises for a store that fails. A run that the store no longer has starts anew, and its first `log` stores the
+    whole history.
     """
     if not config.enabled:
         return NullTracker()

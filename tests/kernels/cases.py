@@ -305,8 +305,8 @@ def assert_as_right_as_torch(name: str, draws: list[tuple[Tensor, Tensor, Tensor
     draws: (what is tested, the truth in float64, PyTorch's plain path in the dtype of what is tested)
     units: in the last place, where one is not enough
 
-    "Twice" holds for the root mean square. The largest error may be six times torch's: it is the luck of one element,
-    and equally good orders of a float32 sum were seen to differ by 4.6 in it, on one CPU and not on another.
+    "Twice" holds for the root mean square. The largest error may be four times torch's: it is the luck of one element,
+    and equally good orders of a float32 sum were seen to differ by 2.6 in it.
     """
     for got, truth, torchs in draws:
         assert got.dtype == torchs.dtype, name
@@ -316,7 +316,7 @@ def assert_as_right_as_torch(name: str, draws: list[tuple[Tensor, Tensor, Tensor
         return
     assert got.isfinite().all(), name
     spacing = torch.finfo(draws[0][0].dtype).eps
-    for measure, factor in ((_root_mean_square, 2), (_largest, 6)):
+    for measure, factor in ((_root_mean_square, 2), (_largest, 4)):
         error, torch_error = measure(got - truth), measure(torchs - truth)
         if math.isnan(torch_error):  # PyTorch's path overflows: float16 scores of huge inputs
             torch_error = 0.0

@@ -51,6 +51,7 @@ QUICK = {
     torch.bfloat16: ["more_keys_than_queries", "dropout_more_keys_window_grouped"],
 }
 DRAWS = {"sharp": 7}  # of inputs, where the two that the others get are too few to judge by: few weights matter
+WHOLE_DRAWS = {"D16": 32}  # so small that 8 leave the largest error to luck: on one CPU dK had 4.6 times torch's
 LONG_ROWS = {"V50257", "V50304", "everything_V50257"}
 
 
@@ -61,7 +62,7 @@ def attention_grid() -> list[Any]:
         for case in ATTENTION_CASES
         if case.name in QUICK[dtype]
     ]
-    whole = [(case, dtype, 8) for dtype in DTYPES for case in ATTENTION_CASES]
+    whole = [(case, dtype, WHOLE_DRAWS.get(case.name, 8)) for dtype in DTYPES for case in ATTENTION_CASES]
     return [pytest.param(*entry, id=name_of(*entry)) for entry in grid] + [
         pytest.param(*entry, id=name_of(*entry), marks=pytest.mark.slow) for entry in whole
     ]
