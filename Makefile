@@ -40,7 +40,7 @@ plots: $(READY)  ## draw the curves with DVC, as a page that needs no network
 	$(BIN)/dvc plots show
 
 test: $(READY)  ## run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 test-long: $(READY)  ## run the tests that take minutes
 	$(BIN)/python -m pytest -m slow

@@ -23,7 +23,7 @@ from chargpt.files import replaced_file, sweep
 from chargpt.generation import generate_text
 from chargpt.models import parameter_count
 from chargpt.runtime import Interrupts, device_name
-from chargpt.tracking import CurveFile, Dataset, RunDescription, Timing, Tracker, listening, open_tracker
+from chargpt.tracking import CURVE, CurveFile, Dataset, RunDescription, Timing, Tracker, listening, open_tracker
 from chargpt.training import Run, Trainer, estimate, memory_errors
 
 METRICS, CONFIG, SAMPLE = "metrics.json", "config.yaml", "sample.txt"
@@ -142,7 +142,7 @@ def _finish(
             summary={name: value for name, value in metrics.items() if isinstance(value, (int, float))}
             | {"seconds": round(timing.seconds, 3)},
             tags={"weights_sha256": metrics["weights_sha256"]},
-            artifacts=[run.folder / name for name in (CONFIG, "curve.csv", SAMPLE)],
+            artifacts=[run.folder / name for name in (CONFIG, CURVE, SAMPLE)],
             model=delivery,
         )
     _write_text(run.folder / METRICS, json.dumps(metrics, indent=1) + "\n")

@@ -1,13 +1,19 @@
 """What several test files share: the one text that is really downloaded."""
 
+import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from chargpt.data import Splits, split_tokens
 from chargpt.errors import CorpusError
 from chargpt.text import fetch
 from chargpt.tokenizers import CharacterTokenizer
+
+# Each of pytest-xdist's processes keeps one core busy; with all threads each they would only wait for one another.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

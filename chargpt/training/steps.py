@@ -8,9 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from chargpt.config import (
-    TrainConfig,
-)
+from chargpt.config import TrainConfig
 from chargpt.data import BatchSource
 from chargpt.models import LanguageModel
 from chargpt.runtime import Runtime
@@ -18,8 +16,6 @@ from chargpt.training.distillation import distillation_loss
 from chargpt.training.events import Point
 from chargpt.training.optim import learning_rate_scale
 from chargpt.training.state import State
-
-# --------------------------------------------------------------------------------------------------------------- steps
 
 
 def training_step(
