@@ -103,7 +103,7 @@ def test_help_lists_the_commands_and_version_is_the_packages(chargpt: Chargpt) -
 def test_training_leaves_a_run_that_needs_nothing_else(trained: Path) -> None:
     run = trained / "runs" / "my"
     names = {path.name for path in run.iterdir() if not path.name.startswith((".", "step-"))}
-    files = {"config.yaml", "curve.csv", "metrics.json", "sample.txt", "timing.csv"}
+    files = {"config.yaml", "curve.csv", "metrics.json", "sample.txt", "timing.csv", "run.json"}
     assert names == {"best", "last"} | files
     data = json.loads((run / "best" / "checkpoint.json").read_text())["content"]["summary"]["data"]
     assert [path.name for path in (trained / "runs" / "data").iterdir()] == [data]

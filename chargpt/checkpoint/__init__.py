@@ -4,7 +4,7 @@ format.py   a checkpoint: a sealed folder
 folder.py   a run's folder of checkpoints
 """
 
-from chargpt.checkpoint.folder import locked, point_to, remove_unreferenced
+from chargpt.checkpoint.folder import checkpoint_name, list_checkpoint, locked, point_to, remove_unreferenced
 from chargpt.checkpoint.format import (
     TOKENIZER,
     WEIGHTS,
@@ -24,9 +24,11 @@ __all__ = [
     "TOKENIZER",
     "WEIGHTS",
     "Tensors",
+    "checkpoint_name",
     "damage",
     "export_checkpoint",
     "find_checkpoint",
+    "list_checkpoint",
     "load_ensemble",
     "load_model",
     "load_state",

@@ -22,7 +22,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from chargpt.checkpoint.folder import sync_folder
+from chargpt.checkpoint.folder import DESCRIPTION, sync_folder
 from chargpt.config import ModelConfig, parse
 from chargpt.errors import ChargptError, CheckpointError, TokenizerError
 from chargpt.files import replaced_folder
@@ -31,7 +31,7 @@ from chargpt.tokenizers import Tokenizer, load_tokenizer
 
 FORMAT = "chargpt-checkpoint"
 VERSION = 1
-DESCRIPTION, WEIGHTS, TOKENIZER, STATE = "checkpoint.json", "model.safetensors", "tokenizer.json", "state.safetensors"
+WEIGHTS, TOKENIZER, STATE = "model.safetensors", "tokenizer.json", "state.safetensors"
 Tensors = dict[str, torch.Tensor]
 
 

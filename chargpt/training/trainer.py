@@ -132,7 +132,8 @@ class Trainer:
         if not all(parameter.isfinite().all() for parameter in state.model.parameters()):
             raise self._not_finite("weights became infinite or not a number")
         self._tell(Saving(state.step))
-        name = f"step-{state.step:06d}"
+        name = checkpoint.checkpoint_name(state.step)
+        checkpoint.list_checkpoint(run.folder, name)
         if not (run.folder / name).exists():  # the step a run was resumed at is saved already
             checkpoint.save_checkpoint(
                 run.folder / name,

@@ -714,7 +714,7 @@ def test_two_runs_of_one_config_leave_the_same_bytes_but_for_times(tmp_path: Pat
         }
         for name in ("first", "second")
     )
-    assert len(first) == 8
+    assert len(first) == 9
     assert [path for path in first.keys() | second.keys() if first.get(path) != second.get(path)] == []
 
 
