@@ -21,8 +21,9 @@ from chargpt.errors import RunInterruptedError, TrainingError
 from chargpt.evaluation import PROTOCOLS, bits_per_byte, evaluate
 from chargpt.files import replaced_file, sweep
 from chargpt.generation import generate_text
+from chargpt.interrupts import Interrupts
 from chargpt.models import parameter_count
-from chargpt.runtime import Interrupts, device_name
+from chargpt.runtime import device_name
 from chargpt.tracking import CURVE, CurveFile, Dataset, RunDescription, Timing, Tracker, listening, open_tracker
 from chargpt.training import Run, Trainer, estimate, memory_errors
 

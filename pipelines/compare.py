@@ -9,7 +9,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from chargpt.errors import TrainingError, user_errors
+from chargpt.command import user_errors
+from chargpt.errors import TrainingError
 from pipelines.download import CORPUS
 from pipelines.sample import SAMPLES
 from pipelines.train import REPORTS, recorded_times

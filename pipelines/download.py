@@ -5,7 +5,7 @@ The one idea to know: DVC skips this stage while its parameters stay the same, s
 
 from pathlib import Path
 
-from chargpt.errors import user_errors
+from chargpt.command import user_errors
 
 CORPUS = Path("data/raw/corpus.txt")
 

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from chargpt.errors import user_errors
+from chargpt.command import user_errors
 from pipelines.train import MODELS
 from pipelines.workspace import borrow_native_module
 

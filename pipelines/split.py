@@ -5,7 +5,8 @@ The one idea to know: a text too short for a variant's block_size is refused her
 
 from pathlib import Path
 
-from chargpt.errors import CorpusError, user_errors
+from chargpt.command import user_errors
+from chargpt.errors import CorpusError
 from pipelines.tokenize import TOKENS
 
 SPLITS = Path("data/splits")

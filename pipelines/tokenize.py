@@ -5,7 +5,7 @@ Run it as `python -m pipelines.tokenize`: run as a script, it would stand in for
 
 from pathlib import Path
 
-from chargpt.errors import user_errors
+from chargpt.command import user_errors
 from pipelines.download import CORPUS
 
 TOKENS = Path("data/tokens")

@@ -11,7 +11,8 @@ import json
 import shutil
 from pathlib import Path
 
-from chargpt.errors import ConfigError, user_errors
+from chargpt.command import user_errors
+from chargpt.errors import ConfigError
 from pipelines.split import SPLITS
 from pipelines.workspace import borrow_native_module
 

@@ -1,6 +1,7 @@
 """What several test files share: the one text that is really downloaded."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,11 @@ from chargpt.tokenizers import CharacterTokenizer
 # Each of pytest-xdist's processes keeps one core busy; with all threads each they would only wait for one another.
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
+
+# A script runs jobs in its background with SIGINT ignored, and so are their children's; the tests send signals.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+for number in (signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,20 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "chargpt"
 # From the bottom to the top: a room may import those before it.
 ROOMS = (
-    *("errors", "files", "config", "kernels", "runtime", "models", "tokenizers", "text", "data", "checkpoint"),
+    *(
+        "errors",
+        "files",
+        "interrupts",
+        "command",
+        "config",
+        "kernels",
+        "runtime",
+        "models",
+        "tokenizers",
+        "text",
+        "data",
+        "checkpoint",
+    ),
     *("evaluation", "generation", "training", "tracking", "console", "planner", "report", "experiment", "cli"),
 )
 

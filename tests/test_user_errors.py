@@ -1,7 +1,6 @@
 """What users get wrong: exit code 2, one clear message, no traceback, nothing lost or half-written."""
 
 import errno
-import os
 import re
 import subprocess
 import sys
@@ -13,7 +12,8 @@ import pytest
 
 import runs
 from chargpt import experiment
-from chargpt.errors import ChargptError, user_errors
+from chargpt.command import user_errors
+from chargpt.errors import ChargptError
 from chargpt.planner import machine
 from chargpt.training import Speed
 from test_cli import TINY, Chargpt, chargpt, interrupt, one_error, start, trained
@@ -236,13 +236,6 @@ def raising(error: BaseException) -> Callable[[], Any]:
         raise error
 
     return action
-
-
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.ENOTDIR, errno.EEXIST])
-def test_what_a_disk_refuses_is_a_sentence(number: int, capsys: pytest.CaptureFixture[str]) -> None:
-    code, err = outcome(raising(OSError(number, os.strerror(number), "some/file")), capsys)
-    assert code == 2
-    assert err == (f"chargpt: error: cannot use some/file: {os.strerror(number)}; free space or choose another place\n")
 
 
 def test_errors_of_ours_keep_their_traceback() -> None:

@@ -7,7 +7,7 @@ import argparse
 
 from chargpt import __version__
 from chargpt.cli import compare, evaluate, info, sample, train
-from chargpt.errors import user_errors
+from chargpt.command import user_errors
 
 
 def main() -> None:

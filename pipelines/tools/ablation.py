@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from chargpt.errors import user_errors
+from chargpt.command import user_errors
 
 PARAMS = Path("params.yaml")
 SEEDS = (1, 2, 3)

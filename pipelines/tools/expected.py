@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from chargpt.errors import user_errors
+from chargpt.command import user_errors
 from pipelines.split import SPLITS
 from pipelines.workspace import borrow_native_module
 

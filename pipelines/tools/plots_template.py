@@ -14,7 +14,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from chargpt.errors import ChargptError, user_errors
+from chargpt.command import user_errors
+from chargpt.errors import ChargptError
 
 TEMPLATE = Path(".dvc/plots_offline.html")
 

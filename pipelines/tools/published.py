@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from chargpt.errors import user_errors
+from chargpt.command import user_errors
 from pipelines.compare import METRICS
 
 PUBLISHED = Path("reports/published.json")

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from chargpt.errors import user_errors
+from chargpt.command import user_errors
 from pipelines.compare import METRICS, PAGE, PICTURE, TABLE
 from pipelines.sample import SAMPLES
 from pipelines.tools.published import PUBLISHED, against_published, compared_runs

@@ -2,7 +2,7 @@
 
 import os
 
-from chargpt.errors import user_errors
+from chargpt.command import user_errors
 
 
 def main() -> None:

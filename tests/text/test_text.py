@@ -259,7 +259,7 @@ def test_a_download_process_stopped_by_ctrl_c_leaves_nothing(tmp_path: Path) -> 
 import sys, time
 from pathlib import Path
 from chargpt.text import catalogue, read_text
-from chargpt.errors import user_errors
+from chargpt.command import user_errors
 
 class Slow:
     def copy_to(self, sink):
