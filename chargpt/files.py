@@ -1,4 +1,4 @@
-"""Writing a file or a folder so that a reader never sees half of it.
+"""Writing a file or a folder so that a reader never sees half of it, and reading one that may be anything.
 
 The one idea to know: the bytes go to a hidden neighbour, which takes the name only when all of them are written.
 """
@@ -8,6 +8,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -59,6 +60,21 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(former, ignore_errors=True)
+
+
+def read_regular(path: Path, most: int) -> bytes:
+    """The bytes of a file that should be there and have at most so many of them.
+
+    Raises ValueError when it is no regular file, as a FIFO or an endless device, or is longer, without reading it.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # O_NONBLOCK: a FIFO has no writer
+    with os.fdopen(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError(f"{path.name} is no regular file")
+        if status.st_size > most:
+            raise ValueError(f"{path.name} has {status.st_size:,} bytes, where at most {most:,} can be")
+        return file.read(most)
 
 
 def sweep(path: Path) -> None:

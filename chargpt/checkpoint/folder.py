@@ -7,6 +7,7 @@ checkpoints that RECORD lists are ever deleted. So whatever else lies in a folde
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -138,8 +139,12 @@ def _require_ours(run_folder: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
+    """Flush the names in a folder to disk, where its file system can: some network disks refuse."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            raise
     finally:
         os.close(descriptor)

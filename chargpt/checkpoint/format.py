@@ -13,8 +13,10 @@ import dataclasses
 import errno
 import hashlib
 import json
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +27,15 @@ import torch
 from chargpt.checkpoint.folder import DESCRIPTION, sync_folder
 from chargpt.config import ModelConfig, parse
 from chargpt.errors import ChargptError, CheckpointError, TokenizerError
-from chargpt.files import replaced_folder
-from chargpt.models import Ensemble, Model, build_model
-from chargpt.tokenizers import Tokenizer, load_tokenizer
+from chargpt.files import read_regular, replaced_folder
+from chargpt.models import Ensemble, Model, build_model, parameter_estimate
+from chargpt.runtime import is_out_of_memory
+from chargpt.tokenizers import Tokenizer, parse_tokenizer
 
 FORMAT = "chargpt-checkpoint"
 VERSION = 1
 WEIGHTS, TOKENIZER, STATE = "model.safetensors", "tokenizer.json", "state.safetensors"
+MOST_JSON = 2**28  # bytes: far above the curve of any run, and any vocabulary
 Tensors = dict[str, torch.Tensor]
 
 
@@ -80,23 +84,57 @@ def _not_saved(folder: Path, error: Exception) -> CheckpointError:
     )
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was read once: what was checked is what is used."""
+
+    folder: Path  # as it was named
+    content: dict[str, Any]  # of checkpoint.json
+    files: dict[str, bytes]  # those that were asked for
+
+
+def read_checkpoint(path: str | Path, *names: str) -> Checkpoint:
+    """The checked description of the checkpoint that `path` means, and the files `names` that it lists.
+
+    `best` and `last` may move on while a run trains, and the checkpoint that they led to vanishes: then it is read
+    again. Raises CheckpointError when it is missing, truncated, altered, or of another format.
+    """
+    while True:
+        folder = find_checkpoint(path)
+        real = Path(os.path.realpath(folder))
+        try:
+            return _read(folder, real, names)
+        except CheckpointError:
+            if os.path.realpath(find_checkpoint(path)) == str(real):
+                raise
+
+
+def read_description(path: str | Path) -> dict[str, Any]:
+    """The checked content of checkpoint.json; errors as of `read_checkpoint`. No other file is read."""
+    return read_checkpoint(path).content
+
+
 def load_model(path: str | Path, device: torch.device | str = "cpu", backend: str = "auto") -> tuple[Model, Tokenizer]:
     """The model, in evaluation mode, and the tokenizer of a checkpoint (or of the best one in a run folder).
 
     Raises CheckpointError when the checkpoint is missing, truncated, altered, or of another format.
     """
-    folder = find_checkpoint(path)
-    content = read_description(folder)
-    tokenizer = load_tokenizer(folder / TOKENIZER)
+    return _model(read_checkpoint(path, TOKENIZER, WEIGHTS), device, backend)
+
+
+def _model(read: Checkpoint, device: torch.device | str = "cpu", backend: str = "auto") -> tuple[Model, Tokenizer]:
+    folder, content = read.folder, read.content
+    tokenizer = parse_tokenizer(read.files[TOKENIZER], folder / TOKENIZER)
     with damage(folder):
-        config: ModelConfig = parse(ModelConfig, content["model"], str(folder / DESCRIPTION))  # type: ignore[arg-type]
-        model = build_model(config, int(content["vocab_size"]), seed=0, backend=backend)
+        model = build_model(_config(content, folder), content["vocab_size"], seed=0, backend=backend)
         if content["tokenizer"] != tokenizer.fingerprint or tokenizer.vocab_size != model.vocab_size:
             raise CheckpointError(
                 f"{folder} holds a model for another tokenizer ({model.vocab_size} symbols) than the one beside it "
                 f"({tokenizer.vocab_size} symbols); use the checkpoint as it was saved"
             )
-        model.load_state_dict(_from_bytes((folder / WEIGHTS).read_bytes()))
+        weights = _from_bytes(read.files[WEIGHTS])
+        require_tensors(weights, model.state_dict(), folder / WEIGHTS)
+        model.load_state_dict(weights)
     return model.to(device).eval(), tokenizer
 
 
@@ -119,19 +157,65 @@ def load_ensemble(
 
 def load_state(folder: Path) -> tuple[Tensors, Tensors, dict[str, Any]]:
     """What resuming needs: the delivered weights, the state tensors, and the plain data that was saved with them."""
-    content = read_description(folder)
-    if content["training"] is None:
+    if read_description(folder)["training"] is None:
         raise CheckpointError(f"{folder} holds a model to use, not a run to go on with; start a new run")
+    read = read_checkpoint(folder, WEIGHTS, STATE)
     with damage(folder):
-        weights, state = (_from_bytes((folder / name).read_bytes()) for name in (WEIGHTS, STATE))
-    return weights, state, content["training"]
+        return _from_bytes(read.files[WEIGHTS]), _from_bytes(read.files[STATE]), read.content["training"]
 
 
-def read_description(folder: Path) -> dict[str, Any]:
-    """The checked content of checkpoint.json: its seal, and the SHA-256 of every file it lists."""
+def require_tensors(found: Tensors, expected: Mapping[str, torch.Tensor], where: Path) -> None:
+    """Raise CheckpointError unless `found` has the names, dtypes and shapes of `expected`, no more and no fewer.
+
+    Optimizers and kernels trust what they are given: a tensor of another shape may end the process.
+    """
+    for name in sorted(found.keys() | expected.keys()):
+        here, wanted = (
+            "nothing" if name not in tensors else f"{tensors[name].dtype} {list(tensors[name].shape)}"
+            for tensors in (found, expected)
+        )
+        if here != wanted:
+            raise CheckpointError(f"{where} has {here} for {name}, where {wanted} belongs; use another checkpoint")
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The checkpoint that a user means: the folder itself, or the `best` (else `last`) one of a run folder."""
+    path = Path(path)
+    for candidate in (path, path / "best", path / "last"):
+        if (candidate / DESCRIPTION).is_file():
+            return candidate
+    if not os.path.lexists(path):
+        raise CheckpointError(f"{path} does not exist; name the folder of a run or of a checkpoint")
+    raise CheckpointError(f"{path} holds no checkpoint (no {DESCRIPTION} in it, in best/ or in last/)")
+
+
+# ------------------------------------------------------------------------------------------------------ what is checked
+
+
+class Summary(dict[str, Any]):
+    """What a checkpoint says about itself. Raises CheckpointError for what it does not say."""
+
+    def __missing__(self, key: str) -> Any:
+        raise CheckpointError(f"the checkpoint does not say its {key}; use another checkpoint")
+
+
+# Type and least value of what is read.
+SUMMARY: dict[str, tuple[type, int]] = {
+    "variant": (str, 0),
+    "seed": (int, 0),
+    "step": (int, 0),
+    "corpus": (str, 0),
+    "batch_size": (int, 1),
+    "data": (str, 0),
+    "train_tokens": (int, 1),
+}
+
+
+def _read(folder: Path, real: Path, names: Sequence[str]) -> Checkpoint:
+    """The checkpoint at `real`, called `folder` in errors."""
     path = folder / DESCRIPTION
     with damage(folder):
-        data = path.read_bytes()
+        data = read_regular(real / DESCRIPTION, MOST_JSON)
         content: dict[str, Any] = json.loads(data)["content"]
         if data != _seal(content):  # so not a single byte of the file can differ
             raise CheckpointError(f"{path} was altered after it was saved; use another checkpoint")
@@ -145,23 +229,67 @@ def read_description(folder: Path) -> dict[str, Any]:
                 f"{path} lists the files {', '.join(content['files'])} where a checkpoint has "
                 f"{', '.join(sorted(needed))}; use another checkpoint"
             )
-        for name, digest in content["files"].items():
-            if not (folder / name).is_file():
+        for name in needed:
+            if not (real / name).is_file():
                 raise CheckpointError(f"{folder / name} is missing; use another checkpoint")
-            if _sha256((folder / name).read_bytes()) != digest:
+        _require_fields(content)
+        content["summary"] = Summary(content["summary"])
+        files = {}
+        for name in names:
+            files[name] = read_regular(real / name, _most_bytes(content, folder, name))
+            if _sha256(files[name]) != content["files"][name]:
                 raise CheckpointError(f"{folder / name} is truncated or was altered; use another checkpoint")
-    return content
+        if WEIGHTS in files and len(files[WEIGHTS]) < 4 * _numbers(content, folder):
+            raise ValueError(f"{WEIGHTS} is too short for the model that {DESCRIPTION} describes")
+    return Checkpoint(folder, content, files)
 
 
-def find_checkpoint(path: str | Path) -> Path:
-    """The checkpoint that a user means: the folder itself, or the `best` (else `last`) one of a run folder."""
-    path = Path(path)
-    for candidate in (path, path / "best", path / "last"):
-        if (candidate / DESCRIPTION).is_file():
-            return candidate
-    if not path.exists():
-        raise CheckpointError(f"{path} does not exist; name the folder of a run or of a checkpoint")
-    raise CheckpointError(f"{path} holds no checkpoint (no {DESCRIPTION} in it, in best/ or in last/)")
+def _config(content: dict[str, Any], folder: Path) -> ModelConfig:
+    return parse(ModelConfig, content["model"], str(folder / DESCRIPTION))  # type: ignore[arg-type]
+
+
+def _numbers(content: dict[str, Any], folder: Path) -> int:
+    return parameter_estimate(_config(content, folder), content["vocab_size"])
+
+
+def _most_bytes(content: dict[str, Any], folder: Path, name: str) -> int:
+    """The most that a file can have, from the description alone, so that nothing larger is read."""
+    if name == TOKENIZER:
+        return MOST_JSON
+    # Twice for biases and gains, more for the names of tensors; the state has weights, average and two moments.
+    weights = 2 * 4 * _numbers(content, folder) + 2**24
+    return weights if name == WEIGHTS else 5 * weights
+
+
+def _require_fields(content: dict[str, Any]) -> None:
+    """Raise ValueError, TypeError or KeyError unless the fields that are used have their types and ranges."""
+    _require(type(content["vocab_size"]) is int and content["vocab_size"] >= 1, "vocab_size")
+    _require(isinstance(content["summary"], dict), "summary")
+    for key, (kind, least) in SUMMARY.items():
+        if key in content["summary"]:
+            value = content["summary"][key]
+            _require(type(value) is kind, f"summary.{key}")
+            _require(kind is str or int(value) >= least, f"summary.{key}")
+    training = content["training"]
+    if training is not None:
+        _require(isinstance(training["identity"], dict), "training.identity")
+        at = training["step"]
+        _require(type(at) is int and at >= 0, "training.step")
+        _require(isinstance(training["history"], list) and training["history"] != [], "training.history")
+        for step, metrics in training["history"]:
+            _require(type(step) is int and 0 <= step <= at, "training.history")
+            _require(all(map(_is_number, metrics.values())), "training.history")
+        step, loss = training["best"]
+        _require(type(step) is int and 0 <= step <= at and _is_number(loss), "training.best")
+
+
+def _require(condition: bool, field: str) -> None:
+    if not condition:
+        raise ValueError(f"{field} in {DESCRIPTION} is not what was saved")
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 # --------------------------------------------------------------------------------------------------------- run folders
@@ -169,8 +297,7 @@ def find_checkpoint(path: str | Path) -> Path:
 
 def require_same_data(path: str | Path, fingerprint: str) -> None:
     """Raise CheckpointError unless the model was trained on the splits with this fingerprint, so saw no other part."""
-    folder = find_checkpoint(path)
-    if read_description(folder)["summary"].get("data") != fingerprint:
+    if read_description(path)["summary"].get("data") != fingerprint:
         raise CheckpointError(
             f"{path} was trained on another text, another split of it, or does not say on which: it may have seen the "
             f"validation part. Take runs on this split, or let `chargpt eval` score what --data or --text names"
@@ -179,8 +306,8 @@ def require_same_data(path: str | Path, fingerprint: str) -> None:
 
 def export_checkpoint(source: Path, target: Path) -> None:
     """Copy the part of a checkpoint that serves to use it, not to go on training: same bytes for the same model."""
-    model, tokenizer = load_model(source)
-    save_checkpoint(target, model, tokenizer, read_description(find_checkpoint(source))["summary"])
+    read = read_checkpoint(source, TOKENIZER, WEIGHTS)
+    save_checkpoint(target, *_model(read), read.content["summary"])
 
 
 # ------------------------------------------------------------------------------------------------------- bytes on disk
@@ -216,7 +343,7 @@ def _write(path: Path, data: bytes) -> None:
 
 @contextlib.contextmanager
 def damage(folder: Path) -> Any:
-    """Whatever a damaged file makes a reader stumble over becomes one CheckpointError."""
+    """Whatever a damaged file makes a reader stumble over becomes one CheckpointError; so does what is no damage."""
     try:
         yield
     except ChargptError:
@@ -228,9 +355,16 @@ def damage(folder: Path) -> Any:
         TypeError,
         AttributeError,
         ArithmeticError,
+        MemoryError,
         RuntimeError,
         safetensors.SafetensorError,
     ) as error:
-        raise CheckpointError(
-            f"{folder} is damaged ({type(error).__name__}: {error}); use another checkpoint"
-        ) from error
+        if is_out_of_memory(error):
+            message = f"the memory ran out while {folder} was loaded; close other programs, or use a smaller model"
+        elif isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM):
+            message = f"{error.filename or folder} may not be read ({error.strerror}); change its permissions"
+        elif isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            message = f"{folder} cannot be read: {error.strerror}; close other programs"
+        else:
+            message = f"{folder} is damaged ({type(error).__name__}: {error}); use another checkpoint"
+        raise CheckpointError(message) from error

@@ -25,12 +25,12 @@ def add(commands: Commands) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from chargpt.checkpoint import find_checkpoint, read_description
+    from chargpt.checkpoint import read_description
     from chargpt.report import comparison_table
 
     variants = [_variant(folder) for folder in dict.fromkeys(arguments.runs)]
     print(comparison_table([row for variant in variants for row in variant.rows]))
-    summaries = [read_description(find_checkpoint(folder))["summary"] for folder in arguments.runs]
+    summaries = [read_description(folder)["summary"] for folder in arguments.runs]
     if len({summary["data"] for summary in summaries}) > 1:
         print("\nThese runs were not all validated on the same data, so their losses do not compare:")
         for folder, summary in zip(arguments.runs, summaries, strict=True):

@@ -57,7 +57,7 @@ def add(commands: Commands) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from chargpt.checkpoint import find_checkpoint, load_ensemble, read_description
+    from chargpt.checkpoint import load_ensemble, read_description
     from chargpt.config import EvaluationConfig
     from chargpt.data import byte_count
     from chargpt.evaluation import PROTOCOLS, bits_per_byte, evaluate
@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> None:
     else:
         tokens = _validation_tokens(arguments.checkpoints, arguments.data, arguments.encoding, tokenizer)
     protocols = PROTOCOLS if arguments.protocol == "all" else (arguments.protocol,)
-    batch_size = read_description(find_checkpoint(arguments.checkpoints[0]))["summary"]["batch_size"]
+    batch_size = read_description(arguments.checkpoints[0])["summary"]["batch_size"]
     losses = evaluate(model, tokens, EvaluationConfig(), batch_size, device, protocols)
     bytes_per_token = byte_count(tokens[1:], tokenizer) / (len(tokens) - 1)
     bits = {protocol: bits_per_byte(loss, bytes_per_token) for protocol, loss in losses.items()}
@@ -98,11 +98,11 @@ def _validation_tokens(
     Raises CorpusError when there is none, TokenizerError when it is another tokenizer's, and CheckpointError when a
     model was trained on other data than the first.
     """
-    from chargpt.checkpoint import find_checkpoint, read_description, require_same_data
+    from chargpt.checkpoint import read_description, require_same_data
     from chargpt.data import MANIFEST, find_splits, load_splits
 
     first = checkpoints[0]
-    summary = read_description(find_checkpoint(first))["summary"]
+    summary = read_description(first)["summary"]
     if given is not None and given.is_dir() and (given / MANIFEST).exists():
         splits = load_splits(given)
         if splits.tokenizer.fingerprint != tokenizer.fingerprint:

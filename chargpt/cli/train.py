@@ -142,9 +142,9 @@ def _run_folder(path: Path) -> Path:
 
 def _like(path: Path | None, key: str, default: Any) -> Any:
     """What the checkpoint of the run that --like names says about itself."""
-    from chargpt.checkpoint import find_checkpoint, read_description
+    from chargpt.checkpoint import read_description
 
-    return default if path is None else read_description(find_checkpoint(path))["summary"].get(key, default)
+    return default if path is None else read_description(path)["summary"].get(key, default)
 
 
 def _as_it_began(run: "Run", arguments: argparse.Namespace, request: "Request") -> "Run":

@@ -15,6 +15,7 @@ from chargpt.data.shards import Tokens
 Batch = tuple[torch.Tensor, torch.Tensor]  # inputs and targets, both (B, T) int64
 Starts = npt.NDArray[np.int64]  # (B,) first tokens of windows
 
+MOST_BATCHES = 2**40  # far beyond any run; tokens are still counted in 64 bits
 FEISTEL_ROUNDS = 6
 MIX_1, MIX_2 = np.uint64(0xFF51AFD7ED558CCD), np.uint64(0xC4CEB9FE1A85EC53)  # odd, of MurmurHash3's finaliser
 
@@ -56,6 +57,8 @@ class Batches:
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         self.position = int(state["position"])
+        if not 0 <= self.position < MOST_BATCHES:
+            raise ValueError(f"batch {self.position} is none of a run")
 
 
 def build_batches(

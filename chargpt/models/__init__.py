@@ -4,18 +4,27 @@ base.py          what every model is
 bigram.py        a table
 transformer.py   from the lecture's first head to modern blocks
 ensemble.py      several as one
+size.py          how many numbers one has
 """
 
 import torch
-from torch import nn
 
 from chargpt.config import BigramConfig, ModelConfig
 from chargpt.models.base import LanguageModel
 from chargpt.models.bigram import BigramLanguageModel
 from chargpt.models.ensemble import Ensemble
+from chargpt.models.size import parameter_count, parameter_estimate
 from chargpt.models.transformer import Transformer
 
-__all__ = ["BigramLanguageModel", "Ensemble", "LanguageModel", "Transformer", "build_model", "parameter_count"]
+__all__ = [
+    "BigramLanguageModel",
+    "Ensemble",
+    "LanguageModel",
+    "Transformer",
+    "build_model",
+    "parameter_count",
+    "parameter_estimate",
+]
 
 Model = BigramLanguageModel | Transformer
 
@@ -30,8 +39,3 @@ def build_model(config: ModelConfig, vocab_size: int, seed: int, backend: str = 
         if isinstance(config, BigramConfig):
             return BigramLanguageModel(config, vocab_size, backend)
         return Transformer(config, vocab_size, backend)
-
-
-def parameter_count(model: nn.Module) -> int:
-    """Numbers that training changes; a tied head counts once."""
-    return sum(parameter.numel() for parameter in model.parameters())

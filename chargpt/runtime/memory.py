@@ -1,6 +1,7 @@
-"""How much memory is free."""
+"""How much memory is free, and whether an error says that it was not enough."""
 
 import contextlib
+import re
 from pathlib import Path
 
 import torch
@@ -23,3 +24,10 @@ def available_memory(device: torch.device) -> int | None:
         with contextlib.suppress(OSError, ValueError):  # ValueError: "max", no limit
             free.append(int(Path(limit).read_text()) - int(Path(used).read_text()))
     return min(free, default=None)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether this is how Python or torch run out of memory: on a CPU torch has no type for it, only a message."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):  # the second one is of GPUs alone
+        return True
+    return isinstance(error, RuntimeError) and bool(re.search("not enough memory|can't allocate memory", str(error)))

@@ -18,6 +18,7 @@ from types import ModuleType
 
 from chargpt.config import TokenizerConfig
 from chargpt.errors import TokenizerError
+from chargpt.files import read_regular
 from chargpt.tokenizers.base import FORMAT, VERSION, Errors, Ids, Tokenizer, token_dtype
 from chargpt.tokenizers.character import CharacterTokenizer
 
@@ -29,9 +30,11 @@ __all__ = [
     "Tokenizer",
     "build_tokenizer",
     "load_tokenizer",
+    "parse_tokenizer",
     "token_dtype",
 ]
 
+MOST_BYTES = 2**28  # of a tokenizer's file
 KINDS: tuple[str, ...] = typing.get_args(typing.get_type_hints(TokenizerConfig)["kind"])
 
 
@@ -43,9 +46,18 @@ def build_tokenizer(config: TokenizerConfig, text: str) -> Tokenizer:
 def load_tokenizer(path: Path) -> Tokenizer:
     """Read the JSON that a tokenizer's `save` wrote. Raises TokenizerError when it is missing, damaged or foreign."""
     try:
-        record = json.loads(path.read_bytes())
+        data = read_regular(path, MOST_BYTES)
     except OSError as error:
         raise TokenizerError(f"the tokenizer {path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise TokenizerError(f"{path} is no tokenizer: {error}") from None
+    return parse_tokenizer(data, path)
+
+
+def parse_tokenizer(data: bytes, path: Path) -> Tokenizer:
+    """The tokenizer whose file at `path` has these bytes. Raises TokenizerError when they are damaged or foreign."""
+    try:
+        record = json.loads(data)
     except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
         raise TokenizerError(f"{path} is damaged or no tokenizer ({error}); make it again") from None
     if not isinstance(record, dict) or record.pop("format", None) != FORMAT:

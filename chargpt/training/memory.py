@@ -1,25 +1,12 @@
 """How much memory a run will take, counted before it is taken."""
 
-from chargpt.config import ModelConfig, TrainConfig, TransformerConfig
+from chargpt.config import TrainConfig, TransformerConfig
 from chargpt.errors import TrainingError
 from chargpt.evaluation import TOKENS_PER_PASS
-from chargpt.models.transformer import BIGRAM_ROWS
+from chargpt.models import parameter_estimate
 
 BYTES = 4  # of a float32
 WHAT_TO_LOWER = "lower batch_size, model.block_size, model.n_layer or model.n_embd, or close other programs"
-
-
-def parameter_estimate(model: ModelConfig, vocab_size: int) -> int:
-    """Numbers in a model, without biases and gains: what `parameter_count` will say, to a hundredth."""
-    if not isinstance(model, TransformerConfig):
-        return vocab_size**2
-    C, kv = model.n_embd, model.n_embd // model.n_head * (model.n_kv_head or model.n_head)
-    hidden = 0 if model.mlp == "none" else round(model.mlp_width * C)
-    mlp = C * hidden * (1 + (model.mlp == "swiglu") + model.residual)
-    layer = C * (C + 2 * kv) + C * C * model.residual + mlp + vocab_size * kv * model.value_embeddings
-    pairs = min(vocab_size**2, BIGRAM_ROWS) * model.bigram_embeddings
-    positions = model.block_size * (model.position == "learned")
-    return C * (vocab_size * (1 if model.tied_head else 2) + pairs + positions) + model.n_layer * layer
 
 
 def required_memory(config: TrainConfig, vocab_size: int) -> int:

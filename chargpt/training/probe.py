@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from chargpt.data import require_size
 from chargpt.errors import TrainingError
 from chargpt.evaluation import TOKENS_PER_PASS, full_loss
 from chargpt.models import parameter_count
-from chargpt.runtime import Runtime, resolve_runtime
+from chargpt.runtime import Runtime, is_out_of_memory, resolve_runtime
 from chargpt.training.memory import WHAT_TO_LOWER
 from chargpt.training.state import Run, State, new_state
 from chargpt.training.steps import backward, training_step
@@ -118,9 +117,7 @@ def memory_errors(run: Run) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        # torch.OutOfMemoryError, a RuntimeError, is of GPUs alone; on a CPU the message has to tell.
-        refused = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        if not refused and not re.search("not enough memory|can't allocate memory", str(error)):
+        if not is_out_of_memory(error):
             raise
         saved = f"; {run.folder} keeps the last checkpoint" if (run.folder / "last").exists() else ""
         raise TrainingError(

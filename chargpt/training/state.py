@@ -57,7 +57,7 @@ class Run:
     @cached_property
     def teacher_weights(self) -> dict[str, str]:
         """The SHA-256 of each teacher's weights, as plain data; read once, since teachers may move while it trains."""
-        contents = [checkpoint.read_description(checkpoint.find_checkpoint(path)) for path in self.teachers]
+        contents = [checkpoint.read_description(path) for path in self.teachers]
         return {f"teacher {n}": content["files"][checkpoint.WEIGHTS] for n, content in enumerate(contents, start=1)}
 
 
@@ -122,7 +122,13 @@ def state_tensors(state: State) -> checkpoint.Tensors:
     return tensors
 
 
-def load_state_tensors(state: State, weights: checkpoint.Tensors, tensors: checkpoint.Tensors) -> None:
+def load_state_tensors(
+    state: State, weights: checkpoint.Tensors, tensors: checkpoint.Tensors, trained: bool, where: Path
+) -> None:
+    """Take over what `state_tensors` gave. Raises CheckpointError, which names `where`, unless every tensor fits."""
+    checkpoint.require_tensors(weights, state.delivered.state_dict(), where / checkpoint.WEIGHTS)
+    expected = _expected_tensors(state, trained, len(tensors.get("losses", ())))
+    checkpoint.require_tensors(tensors, expected, where / checkpoint.STATE)
     groups: dict[str, checkpoint.Tensors] = defaultdict(dict)
     for name, tensor in tensors.items():
         group, _, rest = name.partition("/")
@@ -145,6 +151,26 @@ def load_state_tensors(state: State, weights: checkpoint.Tensors, tensors: check
             if int(number) == i:
                 values[int(index)][key] = tensor
         optimizer.load_state_dict(loaded | {"state": values})
+
+
+def _expected_tensors(state: State, trained: bool, n_losses: int) -> checkpoint.Tensors:
+    """What `state_tensors` gives of a run like this one: names, dtypes and shapes, on torch's meta device.
+
+    trained: whether there was a step, before which optimizers have no state
+    """
+    expected = state_tensors(state)
+    if n_losses:
+        expected["losses"] = torch.empty(n_losses, device="meta")
+    for i, optimizer in enumerate(state.optimizers):
+        numbered = enumerate(p for group in optimizer.param_groups for p in group["params"])
+        for index, parameter in numbered if trained else ():
+            like = torch.empty_like(parameter, device="meta")
+            if isinstance(optimizer, torch.optim.Muon):
+                values = {"momentum_buffer": like}
+            else:
+                values = {"step": torch.empty((), device="meta"), "exp_avg": like, "exp_avg_sq": like}
+            expected |= {f"optimizer/{i}/{index}/{key}": value for key, value in values.items()}
+    return expected
 
 
 def _device(state: State) -> torch.device:

@@ -173,9 +173,9 @@ class Trainer:
                     f"{self.run.folder} holds a run under another config, which cannot go on under this one; train in "
                     f"another folder, or set back what changed:\n  " + "\n  ".join(changed)
                 )
-            load_state_tensors(state, weights, tensors)
-            if state_tensors(state).keys() != tensors.keys():
-                raise CheckpointError(f"{last} lacks a part of the state, or has one too many; use another checkpoint")
+            if training["step"] > self.run.config.max_steps:
+                raise ValueError(f"step {training['step']} is beyond the {self.run.config.max_steps} of the run")
+            load_state_tensors(state, weights, tensors, training["step"] > 0, last)
             state.step = training["step"]
             state.history = [Point(*point) for point in training["history"]]
-            state.best = None if training["best"] is None else tuple(training["best"])
+            state.best = tuple(training["best"])

@@ -10,7 +10,7 @@ from chargpt.config import BigramConfig, TrainConfig, TransformerConfig, overrid
 from chargpt.config.presets import PRESETS
 from chargpt.errors import ConfigError, CorpusError, TrainingError
 from chargpt.evaluation import TOKENS_PER_PASS
-from chargpt.models import build_model, parameter_count
+from chargpt.models import build_model, parameter_count, parameter_estimate
 from chargpt.planner import (
     Fitted,
     Machine,
@@ -32,7 +32,6 @@ from chargpt.planner.fit import (
     TUNED_ON,
 )
 from chargpt.training import Speed, require_memory, required_memory
-from chargpt.training.memory import parameter_estimate
 
 MILLION = Text(train_tokens=TUNED_ON, val_tokens=111_540, vocab_size=65)
 
