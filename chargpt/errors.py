@@ -5,6 +5,7 @@ bug of ours and keeps its traceback. chargpt/command.py turns them into a line a
 """
 
 import difflib
+import reprlib
 from collections.abc import Iterable
 
 
@@ -41,3 +42,22 @@ def nearest(name: str, known: Iterable[str]) -> str:
     known = list(known)
     match = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {match[0]}?" if match else f"; known: {', '.join(known)}"
+
+
+class _Bounded(reprlib.Repr):
+    """`repr` that stays short, whatever somebody wrote into a file: lists of lists of lists, numbers of any length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxlist, self.maxdict, self.maxtuple, self.maxset = 3, 4, 4, 4, 4
+        self.maxstring, self.maxother = 80, 80
+
+    def repr_int(self, x: int, level: int) -> str:
+        if x.bit_length() > 256:  # and Python refuses to write more than some thousand digits
+            return f"a number of {round(x.bit_length() * 0.30103):,} digits"
+        return repr(x)
+
+
+def shown(value: object) -> str:
+    """A value as Python writes it, for an error, in bounded time and length."""
+    return _Bounded().repr(value)

@@ -5,7 +5,6 @@ The one idea to know: what marks a run as finished is metrics.json, which is wri
 
 import dataclasses
 import json
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -49,7 +48,8 @@ def train(
     CorpusError (too few tokens).
     """
     require_size(run.splits, run.config.model.block_size)
-    with memory_errors(run), checkpoint.locked(run.folder), Interrupts(_announce) as interrupts:
+    forked = torch.random.fork_rng()  # torch's default generators are the dropout stream; the caller's go on after it
+    with forked, memory_errors(run), checkpoint.locked(run.folder), Interrupts(_announce) as interrupts:
         require_unfinished(run.folder)
         checkpoint.remove_unreferenced(run.folder)
         for name in (METRICS, CONFIG, SAMPLE):
@@ -125,7 +125,7 @@ def _finish(
         "tokens": state.step * config.tokens_per_step,
         **{f"val_{protocol}": loss for protocol, loss in losses.items()},
         "bits_per_byte": bits_per_byte(losses["full"], run.splits.val_bytes_per_token),
-        "val_full_last": val_losses[-1],
+        "val_last": val_losses[-1],  # of the last model, as training scores it: eval_tokens, its precision
         "best_step": state.best[0],
         "weights_sha256": checkpoint.read_description(best)["files"][checkpoint.WEIGHTS],
         "backend": runtime.backend,
@@ -135,17 +135,14 @@ def _finish(
         "torch": torch.__version__,
     }
     _write_text(run.folder / SAMPLE, text)
-    with tempfile.TemporaryDirectory() as scratch:
-        delivery = Path(scratch) / "checkpoint"  # the best one without what only training needs
-        checkpoint.export_checkpoint(best, delivery)
-        tracker.finish(
-            "FINISHED",
-            summary={name: value for name, value in metrics.items() if isinstance(value, (int, float))}
-            | {"seconds": round(timing.seconds, 3)},
-            tags={"weights_sha256": metrics["weights_sha256"]},
-            artifacts=[run.folder / name for name in (CONFIG, CURVE, SAMPLE)],
-            model=delivery,
-        )
+    tracker.finish(
+        "FINISHED",
+        summary={name: value for name, value in metrics.items() if isinstance(value, (int, float))}
+        | {"seconds": round(timing.seconds, 3)},
+        tags={"weights_sha256": metrics["weights_sha256"]},
+        artifacts=[run.folder / name for name in (CONFIG, CURVE, SAMPLE)],
+        model=best,
+    )
     _write_text(run.folder / METRICS, json.dumps(metrics, indent=1) + "\n")
     return metrics
 

@@ -27,7 +27,7 @@ def main() -> None:
     from chargpt.config import load_params
     from chargpt.files import replaced_file
     from chargpt.report import Provenance, Variant, render
-    from chargpt.tracking import git_state, register_champion
+    from chargpt.tracking import code_state, register_champion
 
     params = load_params()
     seeds = params.ablation.seeds
@@ -51,7 +51,7 @@ def main() -> None:
         )
     rows = [row for variant in variants for row in variant.rows]
 
-    git = git_state(Path.cwd())
+    git = code_state()
     provenance = Provenance(
         corpus=params.corpus.path or params.corpus.name,
         corpus_sha256=hashlib.sha256(CORPUS.read_bytes()).hexdigest(),

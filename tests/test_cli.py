@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
@@ -327,7 +328,7 @@ def test_eval_gives_the_numbers_of_the_run(chargpt: Chargpt, trained: Path) -> N
     assert losses.keys() == {"full", "sliding", "nanogpt", "bits_per_byte"}
     assert losses["full"] == metrics["val_full"]
     _, out, _ = chargpt("eval", trained / "runs/my/last", "--protocol", "full")
-    assert out.startswith(f"full     {metrics['val_full_last']:.4f} nats per token, ")
+    assert out.startswith(f"full     {metrics['val_last']:.4f} nats per token, ")
     assert out.endswith(" bits per byte\n")
 
 
@@ -386,6 +387,80 @@ def test_eval_scores_another_text_in_the_same_symbols(chargpt: Chargpt, trained:
     assert "'z'" in err
     assert "--unknown" in err
     assert chargpt("eval", trained / "runs/my", "--text", "random.txt", "--unknown", "replace")[0] == 0
+
+
+def test_eval_of_a_short_text_keeps_what_can_be_said(chargpt: Chargpt, trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("to be", encoding="utf-8")
+    code, out, err = chargpt("eval", trained / "runs/my", "--text", "short.txt")
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()] == ["full", "sliding"]
+    assert "not by nanogpt: random windows of 8 tokens need a text of at least 9" in err
+    code, out, err = chargpt("eval", trained / "runs/my", "--text", "short.txt", "--protocol", "nanogpt")
+    assert (code, out) == (2, "")
+
+
+def test_eval_of_data_with_other_ids_is_one_sentence(chargpt: Chargpt, trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained / "runs", tmp_path / "runs", symlinks=True)
+    [shard] = Path("runs/data").glob("*/val-*.npy")
+    ids = np.load(shard)
+    ids[3] = 200
+    np.save(shard, ids)
+    code, out, err = chargpt("eval", "runs/my")
+    assert (code, out) == (2, "")
+    assert "has the token id 200, and the model knows ids from 0 to" in one_error(err)
+    np.save(shard, ids[:0])
+    assert chargpt("eval", "runs/my")[0] == 2
+
+
+@pytest.mark.parametrize("name", ["caf\udce9", "a b", "%41?#", "'\"", "\n", "ä"])
+def test_a_text_and_a_run_may_have_any_name(name: str, chargpt: Chargpt, tmp_path: Path) -> None:
+    Path(f"{name}.txt").write_text(runs.words(), encoding="utf-8")
+    code, _, err = chargpt("train", f"{name}.txt", *TINY)
+    assert code == 0, err
+    code, _, _ = chargpt("sample", f"runs/{name}", "--max-new-tokens", "5")
+    assert code == 0
+    assert Path(f"runs/{name}/metrics.json").is_file()
+
+
+def test_runs_are_called_as_their_texts_are(chargpt: Chargpt, tmp_path: Path) -> None:
+    for folder in ("v1.0", "v1.1"):
+        Path(folder).mkdir()
+        Path(folder, "t.txt").write_text(runs.words(), encoding="utf-8")
+        assert chargpt("train", folder, *TINY)[0] == 0
+    Path("current.txt").symlink_to("v1.0/t.txt")
+    assert chargpt("train", "current.txt", *TINY)[0] == 0
+    assert sorted(path.name for path in Path("runs").iterdir()) == ["current", "data", "v1.0", "v1.1"]
+
+
+def test_training_in_a_folder_of_texts_does_not_read_its_own_runs(chargpt: Chargpt, tmp_path: Path) -> None:
+    Path("a.txt").write_text(runs.words(), encoding="utf-8")
+    assert chargpt("train", ".", *TINY, "--out", "runs/x")[0] == 0
+    shutil.copy("runs/x/metrics.json", "kept")
+    Path("runs/x/metrics.json").unlink()
+    Path("kept").rename(".kept")
+    code, _, err = chargpt("train", ".", *TINY, "--out", "runs/x")  # the same text: the run ends as it did
+    assert code == 0, err
+    assert Path("runs/x/metrics.json").read_text() == Path(".kept").read_text()
+
+
+def test_a_prompt_that_is_wrong_is_an_error_before_anything_is_printed(chargpt: Chargpt, trained: Path) -> None:
+    code, out, _ = chargpt("sample", trained / "runs/my", "--stream", "--prompt", "to Ω")
+    assert (code, out) == (2, "")
+
+
+@pytest.mark.parametrize("n", [30_000_000, 10**12, 2**63])
+def test_more_samples_than_fit_is_one_sentence(n: int, chargpt: Chargpt, trained: Path) -> None:
+    code, out, err = chargpt("sample", trained / "runs/my", "--num-samples", str(n))
+    assert (code, out) == (2, "")
+    assert "num_samples must be at least 1 and at most 65536" in one_error(err)
+
+
+@pytest.mark.parametrize("minutes", ["nan", "inf", "-1", "0", "1e308"])
+def test_minutes_that_are_none_are_one_sentence(minutes: str, chargpt: Chargpt, tmp_path: Path) -> None:
+    Path("a.txt").write_text(runs.words(), encoding="utf-8")
+    code, out, err = chargpt("train", "a.txt", f"--minutes={minutes}")
+    assert (code, out) == (2, "")
+    assert "minutes" in one_error(err)
 
 
 def test_eval_refuses_the_data_of_another_tokenizer(chargpt: Chargpt, trained: Path, tmp_path: Path) -> None:

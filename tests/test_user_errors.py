@@ -62,7 +62,7 @@ def test_a_text_that_cannot_be_trained_on(name: str, chargpt: Chargpt, tmp_path:
         (["--set", "backend=fast"], r"backend must be one of auto, "),
         (["--preset", "modem"], r"no preset is called 'modem'; did you mean modern\?"),
         (["--minutes", "3"], r"--minutes and --set max_steps=… both set how long to train; leave one out"),
-        (["--minutes", "-1"], r"--minutes must be positive and finite, got -1\.0"),
+        (["--minutes", "-1"], r"--minutes must be positive and at most 1,000,000, got -1"),
         (["--set", "patience=0"], r"patience must be at least 1 or null, got 0"),
         (
             ["--set", "model.n_embd=1000000"],

@@ -73,9 +73,9 @@ def _write_page(path: Path, variants: "list[Variant]", corpora: list[str]) -> No
 
     from chargpt.files import replaced_file
     from chargpt.report import Provenance, render
-    from chargpt.tracking import git_state
+    from chargpt.tracking import code_state
 
-    git = git_state(Path.cwd())
+    git = code_state()
     provenance = Provenance(
         corpus=", ".join(corpora),
         corpus_sha256=None,

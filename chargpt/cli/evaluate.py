@@ -59,6 +59,7 @@ def add(commands: Commands) -> None:
 def run(arguments: argparse.Namespace) -> None:
     from chargpt.checkpoint import load_ensemble, read_description
     from chargpt.config import EvaluationConfig
+    from chargpt.console import say
     from chargpt.data import byte_count
     from chargpt.evaluation import PROTOCOLS, bits_per_byte, evaluate
     from chargpt.runtime import resolve_device
@@ -71,7 +72,14 @@ def run(arguments: argparse.Namespace) -> None:
         tokens = _validation_tokens(arguments.checkpoints, arguments.data, arguments.encoding, tokenizer)
     protocols = PROTOCOLS if arguments.protocol == "all" else (arguments.protocol,)
     batch_size = read_description(arguments.checkpoints[0])["summary"]["batch_size"]
-    losses = evaluate(model, tokens, EvaluationConfig(), batch_size, device, protocols)
+    losses: dict[str, float] = {}
+    for protocol in protocols:
+        try:
+            losses |= evaluate(model, tokens, EvaluationConfig(), batch_size, device, (protocol,))
+        except CorpusError as error:
+            if arguments.protocol != "all" or protocol == "full":
+                raise
+            say(f"not by {protocol}: {error}")  # what the others say is not lost
     bytes_per_token = byte_count(tokens[1:], tokenizer) / (len(tokens) - 1)
     bits = {protocol: bits_per_byte(loss, bytes_per_token) for protocol, loss in losses.items()}
     if arguments.json:

@@ -76,8 +76,10 @@ def run(arguments: argparse.Namespace) -> None:
 
     assignments = (*arguments.set, *([] if arguments.device is None else [f"device={arguments.device}"]))
     request = Request(arguments.preset, arguments.minutes, assignments, len(arguments.teacher))
-    name = Path(arguments.text).resolve().stem
+    path = Path(os.path.abspath(arguments.text))  # links keep their own names
+    name = path.name if path.is_dir() else path.stem
     folder = arguments.out or Path("runs") / name
+    name = os.fsencode(name).decode("utf-8", "replace")  # for people, and for files in UTF-8
     # Mistakes in the command show here, before the text is read.
     config, variant = _first_config(arguments, request)
     experiment.require_unfinished(folder)

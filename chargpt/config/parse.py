@@ -14,9 +14,12 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from chargpt.config.schema import RETIRED, Params, TrainConfig
-from chargpt.errors import ConfigError, nearest
+from chargpt.config.strict_yaml import StrictLoader
+from chargpt.errors import ConfigError, nearest, shown
+from chargpt.files import read_regular
 
 T = TypeVar("T")
+MOST_BYTES = 2**24  # of a file with knobs
 
 
 def load_params(path: str | Path = "params.yaml") -> Params:
@@ -51,14 +54,16 @@ def override(config: T, assignments: list[str]) -> T:
     for assignment in sorted(assignments, key=lambda text: not text.startswith("model.kind=")):
         key, equals, value = assignment.partition("=")
         if not equals:
-            raise ConfigError(f"--set takes key=value, as in model.n_layer=6; got {assignment!r}")
+            raise ConfigError(f"--set takes key=value, as in model.n_layer=6; got {shown(assignment)}")
         *parents, last = key.split(".")
         target = raw
         for parent in parents:
             if not isinstance(target.get(parent), dict):
-                raise ConfigError(f"--set {assignment}: {parent!r} is no group of knobs{nearest(parent, target)}")
+                raise ConfigError(
+                    f"--set {assignment:.80}: {shown(parent)} is no group of knobs{nearest(parent, target)}"
+                )
             target = target[parent]
-        parsed = _parse_yaml(value, f"--set {assignment}")
+        parsed = _parse_yaml(value, f"--set {assignment:.80}")
         if last == "kind" and target.get("kind") != parsed and parents == ["model"]:
             target.clear()
         target[last] = parsed
@@ -91,17 +96,17 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 def _read_yaml(path: Path) -> object:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_regular(path, MOST_BYTES).decode("utf-8")
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist; run from the project's root, or name the file") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: no UTF-8, no regular file, too long
         raise ConfigError(f"{path} cannot be read: {error}") from None
     return _parse_yaml(text, str(path))
 
 
 def _parse_yaml(text: str, source: str) -> Any:
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, StrictLoader)  # noqa: S506  it is a SafeLoader
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
         # YAMLError is what PyYAML documents; the others escape from it, as for `2020-13-45` or a thousand brackets.
         raise ConfigError(f"{source} is not valid YAML: {error}") from None
@@ -130,19 +135,22 @@ def _convert(wanted: Any, raw: Any, source: str, key: str) -> Any:
     if wanted is float and isinstance(raw, (str, int)) and not isinstance(raw, bool):
         with contextlib.suppress(ValueError, OverflowError):  # a string, because YAML 1.1 reads 1e-3 as one
             return float(raw)
+    if wanted is int and type(raw) is int and abs(raw) >= 2**63:
+        raise ConfigError(f"{source}: {key} must be a whole number of at most 63 bits, got {shown(raw)}")
     if isinstance(wanted, type) and type(raw) is wanted:
         return raw
-    raise ConfigError(f"{source}: {key or 'the file'} must be {_describe(wanted)}, got {raw!r}")
+    raise ConfigError(f"{source}: {key or 'the file'} must be {_describe(wanted)}, got {shown(raw)}")
 
 
 def _convert_dataclass(cls: Any, raw: Any, source: str, key: str) -> Any:
     if not isinstance(raw, dict):
-        raise ConfigError(f"{source}: {key or 'the file'} must be a group of knobs, got {raw!r}")
+        raise ConfigError(f"{source}: {key or 'the file'} must be a group of knobs, got {shown(raw)}")
     hints = typing.get_type_hints(cls)
     prefix = f"{key}." if key else ""
     for name in raw:
         if name not in hints:
-            raise ConfigError(f"{source}: unknown key {prefix}{name}{_suggestion(str(name), hints, prefix)}")
+            name = name if isinstance(name, str) else shown(name)
+            raise ConfigError(f"{source}: unknown key {prefix}{name:.80}{_suggestion(name, hints, prefix)}")
     for item in dataclasses.fields(cls):
         no_default = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
         if no_default and item.name not in raw:
@@ -176,11 +184,11 @@ def _by_kind(choices: tuple[Any, ...], raw: Any, source: str, key: str) -> Any:
     """The dataclass among `choices` whose `kind` is the one that `raw` names."""
     kinds = {typing.get_args(typing.get_type_hints(choice)["kind"])[0]: choice for choice in choices}
     if not isinstance(raw, dict):
-        raise ConfigError(f"{source}: {key} must be a group of knobs, got {raw!r}")
+        raise ConfigError(f"{source}: {key} must be a group of knobs, got {shown(raw)}")
     kind = raw.get("kind")
     if not isinstance(kind, str) or kind not in kinds:
-        hint = nearest(str(kind), kinds)
-        raise ConfigError(f"{source}: {key}.kind must be one of {', '.join(kinds)}, got {kind!r}{hint}")
+        hint = nearest(shown(kind).strip("'"), kinds)
+        raise ConfigError(f"{source}: {key}.kind must be one of {', '.join(kinds)}, got {shown(kind)}{hint}")
     return kinds[kind]
 
 

@@ -8,7 +8,10 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from chargpt.errors import ConfigError, nearest
+from chargpt.errors import ConfigError, nearest, shown
+
+MOST_WIDTH = 1e6  # of an MLP; far above any, and its products still fit in numbers
+MOST_SAMPLES = 2**16  # at once
 
 
 def _require(condition: bool, name: str, value: object, wanted: str) -> None:
@@ -16,7 +19,7 @@ def _require(condition: bool, name: str, value: object, wanted: str) -> None:
         wanted = "a finite number"
     elif condition:
         return
-    raise ConfigError(f"{name} must be {wanted}, got {value!r}")
+    raise ConfigError(f"{name} must be {wanted}, got {shown(value)}")
 
 
 def require_seed(value: int, name: str = "seed") -> None:
@@ -98,7 +101,9 @@ class TransformerConfig:
             raise ConfigError(
                 f"rotary positions need an even head size, got n_embd / n_head = {self.n_embd // self.n_head}"
             )
-        _require(self.mlp_width >= 1 / self.n_embd, "mlp_width", self.mlp_width, "at least 1 / n_embd (one channel)")
+        one_channel = 1 / self.n_embd
+        _require(self.mlp_width >= one_channel, "mlp_width", self.mlp_width, "at least 1 / n_embd (one channel)")
+        _require(self.mlp_width <= MOST_WIDTH, "mlp_width", self.mlp_width, f"at most {MOST_WIDTH:g}")
         if not self.residual and self.mlp != "none" and self.mlp_width != 1:
             raise ConfigError(
                 f"without residual the MLP has no projection back, so mlp_width must be 1, got {self.mlp_width}"
@@ -220,7 +225,8 @@ class SampleConfig:
     seed: int = 1337
 
     def __post_init__(self) -> None:
-        _require(self.num_samples >= 1, "num_samples", self.num_samples, "at least 1")
+        samples = self.num_samples
+        _require(1 <= samples <= MOST_SAMPLES, "num_samples", samples, f"at least 1 and at most {MOST_SAMPLES}")
         _require(self.max_new_tokens >= 0, "max_new_tokens", self.max_new_tokens, "at least 0")
         _require(self.temperature >= 0, "temperature", self.temperature, "at least 0")
         _require(self.top_k is None or self.top_k >= 1, "top_k", self.top_k, "at least 1 or null")
@@ -250,7 +256,7 @@ class AblationConfig:
 @dataclass(frozen=True)
 class TrackingConfig:
     enabled: bool = True
-    uri: str | None = None  # null: sqlite, mlflow.db at the project's root
+    uri: str | None = None  # null: MLFLOW_TRACKING_URI, else sqlite, mlflow.db at the project's root
     experiment: str = "chargpt"
     system_metrics: bool = True
 

@@ -20,6 +20,7 @@ from chargpt.evaluation.dynamic import dynamic_loss
 from chargpt.models import LanguageModel
 
 PROTOCOLS = ("full", "sliding", "nanogpt")  # of a model that stays as it is
+CHUNK = 1 << 24  # tokens looked at together
 TOKENS_PER_PASS = 8_192  # in one forward pass of `full` and `sliding`: bounds the memory, changes nothing else
 
 
@@ -33,8 +34,14 @@ def evaluate(
 ) -> dict[str, float]:
     """The loss on `tokens` (N,) by each of `protocols`, `dynamic` too where it is asked for.
 
-    Raises CorpusError when N is too small for one of them.
+    Raises CorpusError when N is too small for one of them, or an id is outside the model's vocabulary.
     """
+    largest = max(int(tokens[start : start + CHUNK].max()) for start in range(0, len(tokens), CHUNK))
+    if largest >= model.vocab_size:
+        raise CorpusError(
+            f"the data has the token id {largest}, and the model knows ids from 0 to {model.vocab_size - 1}; take the "
+            f"data that it was trained on, or score a text with --text"
+        )
     losses = {
         "full": lambda: full_loss(model, tokens, device),
         "sliding": lambda: sliding_loss(model, tokens, config.sliding_stride, device),

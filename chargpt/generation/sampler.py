@@ -75,6 +75,11 @@ def stream_text(
     prompt has unknown characters and `config.unknown` is "strict".
     """
     idx = prompt_tokens(tokenizer, prompt, config.unknown).to(device).expand(config.num_samples, -1)  # (B, T)
+    return _stream(model, tokenizer, idx, config)  # so that an error of the prompt comes before anything is shown
+
+
+def _stream(model: LanguageModel, tokenizer: Tokenizer, idx: torch.Tensor, config: SampleConfig) -> Iterator[list[str]]:
+    device = idx.device
     generator = torch.Generator(device=device).manual_seed(config.seed)
     decoders = [tokenizer.decoder() for _ in range(config.num_samples)]
     for token in stream_tokens(

@@ -7,6 +7,7 @@ are compared before a module is loaded.
 import functools
 import importlib
 import json
+import os
 import platform
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,10 @@ from typing import Any
 
 import torch
 
+from chargpt.errors import ConfigError, shown
+
 RECORD = Path(__file__).parents[1] / "_native.json"  # written by setup.py next to the modules
+INSTRUCTION_SETS = ("plain", "avx2", "avx512", "avx512_bf16")  # csrc/cpu/simd/isa.h
 REBUILD = "build it again with `pip install --no-build-isolation -e .`"
 
 
@@ -29,7 +33,13 @@ class Native:
 
 @functools.cache
 def load() -> Native:
-    """Load `chargpt._native` once. Never raises: whatever is wrong becomes `problem`."""
+    """Load `chargpt._native` once. Whatever is wrong with it becomes `problem`.
+
+    Raises ConfigError when CHARGPT_CPU_ISA names no instruction set: the module itself would ignore it.
+    """
+    asked = os.environ.get("CHARGPT_CPU_ISA")
+    if asked is not None and asked not in INSTRUCTION_SETS:
+        raise ConfigError(f"CHARGPT_CPU_ISA must be one of {', '.join(INSTRUCTION_SETS)}, got {shown(asked)}")
     return _load("chargpt._native", check_record(RECORD))
 
 

@@ -16,6 +16,7 @@ from chargpt.console import duration
 from chargpt.errors import ConfigError, CorpusError, nearest
 from chargpt.training import Speed, require_memory, required_memory
 
+MOST_MINUTES = 1_000_000  # two years
 MODERN_MINUTES = 3  # on a CPU; for more, and on a GPU, it is cpu-best
 # Passes over the text up to which a dropout is enough, and the dropout.
 DROPOUT = ((6, 0.0), (10, 0.1), (25, 0.2), (math.inf, 0.3))
@@ -136,8 +137,8 @@ def assigned(preset: TrainConfig, request: Request) -> TrainConfig:
     """The preset under the assignments. Raises ConfigError as `override` does, for minutes that are not positive, and
     for minutes beside an assigned number of steps."""
     if request.minutes is not None:
-        if not 0 < request.minutes < math.inf:
-            raise ConfigError(f"--minutes must be positive and finite, got {request.minutes}")
+        if not 0 < request.minutes <= MOST_MINUTES:
+            raise ConfigError(f"--minutes must be positive and at most {MOST_MINUTES:,}, got {request.minutes:g}")
         if any(assignment.startswith("max_steps=") for assignment in request.assignments):
             raise ConfigError("--minutes and --set max_steps=… both set how long to train; leave one out")
     return override(preset, list(request.assignments))

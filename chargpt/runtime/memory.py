@@ -6,10 +6,11 @@ from pathlib import Path
 
 import torch
 
-# Limit and use of memory of a container, under the second and the first version of Linux's control groups.
-CONTROL_GROUP_FILES = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+# Limit and use of memory of a container, and the line of memory.stat for the page cache that is given back when memory
+# is short, under the second and the first version of Linux's control groups.
+CONTROL_GROUPS = (
+    ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 )
 
 
@@ -20,9 +21,12 @@ def available_memory(device: torch.device) -> int | None:
     free = []
     with contextlib.suppress(OSError, ValueError), open("/proc/meminfo", encoding="utf-8") as meminfo:
         free += [int(line.split()[1]) * 1024 for line in meminfo if line.startswith("MemAvailable:")]
-    for limit, used in CONTROL_GROUP_FILES:
+    for folder, limit, used, cache in CONTROL_GROUPS:
         with contextlib.suppress(OSError, ValueError):  # ValueError: "max", no limit
-            free.append(int(Path(limit).read_text()) - int(Path(used).read_text()))
+            left = int(Path(folder, limit).read_text()) - int(Path(folder, used).read_text())
+            free.append(left)
+            lines = Path(folder, "memory.stat").read_text().splitlines()
+            free[-1] = left + sum(int(line.split()[1]) for line in lines if line.split()[:1] == [cache])
     return min(free, default=None)
 
 

@@ -31,6 +31,7 @@ from typing import IO, BinaryIO, Protocol
 from tqdm import tqdm
 
 CHUNK = 1 << 20  # bytes moved at a time
+MOST_PAGE = 1 << 26  # bytes of an index page; the longest have some megabytes
 NETWORK_TIMEOUT = 10  # seconds to connect, and between two pieces of an answer
 COMMAND_TIMEOUT = 600  # seconds for pip or npm to bring one package
 PIP = (sys.executable, "-P", "-m", "pip")  # -P: a pip.py in the working folder is not taken for pip
@@ -268,11 +269,14 @@ def _address_in_index(index_url: str, project: str, file: str) -> str:
     """Where the index has `file` of `project`: from its JSON page, or its HTML page where it has no JSON."""
     page_url = f"{index_url.rstrip('/')}/{project}/"
     with _open_url(page_url, "application/vnd.pypi.simple.v1+json, text/html;q=0.1") as response:
-        page = response.read().decode("utf-8", "replace")
+        data = response.read(MOST_PAGE + 1)
+    if len(data) > MOST_PAGE:
+        raise SourceError(f"the package index gives a page of more than {MOST_PAGE:,} bytes")
+    page = data.decode("utf-8", "replace")
     if page.lstrip().startswith("{"):
         try:
             links = [str(entry["url"]) for entry in json.loads(page)["files"]]
-        except (ValueError, LookupError, TypeError):
+        except (ValueError, LookupError, TypeError, RecursionError):
             raise SourceError("the package index gives a page that cannot be read") from None
     else:
         links = [html.unescape(link) for link in re.findall(r"""href\s*=\s*["']([^"'#]+)""", page)]

@@ -1,5 +1,6 @@
 """The user's own text: a file, or a folder of files."""
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -17,11 +18,11 @@ def read_text(path: str | Path, encoding: str = "utf-8") -> str:
     _require_encoding(encoding)
     if not str(path):
         raise CorpusError("the path of the text is empty; name a text file or a folder")
-    root = Path(path).expanduser()
+    root = _expanded(Path(path))
     notices: dict[str, list[Path]] = {}
     if root.is_dir():
         parts = []
-        for file in _files_below(root):
+        for file in _files_below(root, notices):
             data = _read(file)
             if _is_binary(data, encoding):
                 notices.setdefault("not a text file, left out", []).append(file)
@@ -68,13 +69,40 @@ def _require_encoding(encoding: str) -> None:
         ) from None
 
 
-def _files_below(folder: Path) -> list[Path]:
-    """All files below a folder that are not hidden, sorted by path."""
-    files = []
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        files += [Path(parent, name) for name in names if not name.startswith(".")]
+def _expanded(path: Path) -> Path:
+    """~ and ~user as home folders, unless that is a file's name: ~draft.txt may be one."""
+    if os.path.lexists(path):
+        return path
+    try:
+        return path.expanduser()
+    except RuntimeError:  # no such user
+        return path
+
+
+def _files_below(folder: Path, notices: dict[str, list[Path]]) -> list[Path]:
+    """All files below a folder that are not hidden, sorted by path; through links too, each folder once."""
+    files: list[Path] = []
+    seen: set[str] = set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        where = Path(parent)
+        if (real := os.path.realpath(parent)) in seen or _is_ours(where):
+            if real not in seen:
+                notices.setdefault("made by chargpt, left out", []).append(where)
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        files += [where / name for name in names if not name.startswith(".")]
     return sorted(file for file in files if file.is_file())
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether chargpt made this folder: a run, a checkpoint or data, which name their format at the beginning."""
+    for name in ("run.json", "checkpoint.json", "manifest.json"):
+        with contextlib.suppress(OSError), (folder / name).open("rb") as file:
+            if b'"chargpt-' in file.read(512):
+                return True
+    return False
 
 
 def _read(path: Path) -> bytes:

@@ -16,7 +16,7 @@ from chargpt.tracking.base import Dataset, NullTracker, Point, RunDescription, R
 from chargpt.tracking.champion import register_champion
 from chargpt.tracking.curve import CURVE, CurveFile
 from chargpt.tracking.guarded import listening, open_tracker
-from chargpt.tracking.provenance import GitState, git_state
+from chargpt.tracking.provenance import GitState, code_state
 from chargpt.tracking.store import store_uri
 from chargpt.tracking.timing import TIMING, Moment, Timing, read_timing
 from chargpt.tracking.ui import UI_ENVIRONMENT, ui_command, ui_url
@@ -35,7 +35,7 @@ __all__ = [
     "RunStatus",
     "Timing",
     "Tracker",
-    "git_state",
+    "code_state",
     "listening",
     "open_tracker",
     "read_timing",

@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from chargpt.checkpoint import export_checkpoint
 from chargpt.config import TrackingConfig
 from chargpt.tracking.base import Dataset, Point, RunDescription, RunStatus
 from chargpt.tracking.provenance import all_tags, run_name
@@ -159,11 +160,12 @@ class MlflowTracker:
         )
         logged = self._client.create_logged_model(self._experiment_id, name="model", source_run_id=self.run_id)
         with tempfile.TemporaryDirectory() as scratch:
-            path = str(Path(scratch) / "model")
+            path, delivery = str(Path(scratch) / "model"), Path(scratch) / "checkpoint"
+            export_checkpoint(folder, delivery)  # without what only training needs
             pyfunc.save_model(
                 path,
                 python_model=str(Path(__file__).with_name("logged_model.py")),
-                artifacts={"checkpoint": str(folder.resolve())},
+                artifacts={"checkpoint": str(delivery.resolve())},
                 signature=signature,
                 pip_requirements=[f"{name}=={version(name).partition('+')[0]}" for name in ("mlflow", *_REQUIREMENTS)],
                 mlflow_model=Model(

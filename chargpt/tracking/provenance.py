@@ -8,6 +8,7 @@ from pathlib import Path
 from chargpt.tracking.base import RunDescription
 
 # The files that decide what a run computes; `git.dirty` speaks of these.
+PACKAGE = Path(__file__).parents[1]
 RESULT_FILES = ("chargpt", "csrc", "pipelines", "params.yaml", "dvc.yaml", "pyproject.toml", "setup.py")
 
 
@@ -20,16 +21,23 @@ class GitState:
     dirty: bool  # a file of RESULT_FILES differs from the commit
 
 
-def git_state(folder: Path) -> GitState | None:
-    """The commit checked out around `folder`, and whether the files that make results differ from it.
+def code_state() -> GitState | None:
+    """The commit of the code that runs, and whether the files that make results differ from it.
 
-    None without git, outside a repository, and before its first commit.
+    None where chargpt is no part of a repository's files, as when it was installed from a wheel: the repository that a
+    user's text or environment lies in says nothing about this code. None too without git, and before a first commit.
     """
-    top = git(folder, "rev-parse", "--show-toplevel")
-    commit = git(folder, "rev-parse", "--verify", "HEAD")
-    if top is None or commit is None:
+    return git_state(PACKAGE)
+
+
+def git_state(package: Path) -> GitState | None:
+    """As `code_state`, of the package at `package`."""
+    if git(package, "ls-files", "--error-unmatch", "__init__.py") is None:
         return None
-    return GitState(commit, dirty=bool(git(Path(top), "status", "--porcelain", "--", *RESULT_FILES)))
+    commit = git(package, "rev-parse", "--verify", "HEAD")
+    if commit is None:
+        return None
+    return GitState(commit, dirty=bool(git(package.parent, "status", "--porcelain", "--", *RESULT_FILES)))
 
 
 def git(folder: Path, *arguments: str) -> str | None:
@@ -43,8 +51,7 @@ def git(folder: Path, *arguments: str) -> str | None:
 
 def all_tags(run: RunDescription) -> dict[str, str]:
     tags = run.tags | {"variant": run.variant, "seed": str(run.seed)}
-    # The code that runs is around the current folder; under `dvc exp run --temp` DVC_ROOT is elsewhere.
-    git = git_state(Path.cwd())
+    git = code_state()
     if git is not None:
         tags |= {"mlflow.source.git.commit": git.commit, "git.dirty": str(git.dirty).lower()}
     for tag, variable in (("dvc.experiment", "DVC_EXP_NAME"), ("dvc.stage", "DVC_STAGE")):

@@ -27,8 +27,11 @@ def project_root() -> Path:
 
 
 def store_uri(config: TrackingConfig) -> str:
-    """The address of the store. A relative SQLite path counts from the project's root."""
-    uri = config.uri or "sqlite:///mlflow.db"
+    """The address of the store: the config's, else MLFLOW_TRACKING_URI, else mlflow.db at the project's root.
+
+    A relative SQLite path counts from there too.
+    """
+    uri = config.uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
     path = sqlite_path(uri)
     return uri if path is None else f"sqlite:///{project_root() / path}"
 

@@ -131,6 +131,8 @@ class Trainer:
         run, state = self.run, self.state
         if not all(parameter.isfinite().all() for parameter in state.model.parameters()):
             raise self._not_finite("weights became infinite or not a number")
+        if len(state.history) > 1 and not run.folder.is_dir():
+            raise TrainingError(f"{run.folder} was deleted or moved while the run trained, which ends here")
         self._tell(Saving(state.step))
         name = checkpoint.checkpoint_name(state.step)
         checkpoint.list_checkpoint(run.folder, name)

@@ -117,7 +117,7 @@ def test_minutes_and_steps_by_hand_contradict_each_other() -> None:
 
 @pytest.mark.parametrize("minutes", [0, -1, math.nan, math.inf])
 def test_minutes_are_positive(minutes: float) -> None:
-    with pytest.raises(ConfigError, match="--minutes must be positive and finite"):
+    with pytest.raises(ConfigError, match="--minutes must be positive and at most"):
         assigned(TrainConfig(), Request(minutes=minutes))
 
 

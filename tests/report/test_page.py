@@ -40,7 +40,7 @@ def test_changes_that_are_not_committed_are_said_and_so_is_that_there_is_no_repo
     nowhere = Provenance("t", SHA256, None, False, PROVENANCE.made)
     assert "with changes that are not committed" in text_of(render([variant("a", [2.0])], dirty, {}, {}))
     text = text_of(render([variant("a", [2.0])], nowhere, {}, {}))
-    assert "not in a git repository" in text
+    assert "not from a git repository" in text
     assert "git checkout" not in text
 
 

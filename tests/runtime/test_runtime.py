@@ -163,13 +163,14 @@ def test_free_memory_is_the_machines_or_what_its_container_leaves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cpu = torch.device("cpu")
-    for name, content in (("limit", "300000"), ("used", "100000"), ("none", "max")):
+    stat = "anon 50000\ninactive_file 30000\nactive_file 10000\n"
+    for name, content in (("limit", "300000"), ("used", "100000"), ("none", "max"), ("memory.stat", stat)):
         (tmp_path / name).write_text(content)
-    files = [
-        tuple(str(tmp_path / name) for name in pair) for pair in (("limit", "used"), ("none", "used"), ("no", "no"))
-    ]
-    monkeypatch.setattr(memory, "CONTROL_GROUP_FILES", files)
+    groups = [(str(tmp_path), *names, "inactive_file") for names in (("limit", "used"), ("none", "used"), ("no", "no"))]
+    monkeypatch.setattr(memory, "CONTROL_GROUPS", groups)
+    assert available_memory(cpu) == 230_000  # the page cache is given back when memory is short
+    (tmp_path / "memory.stat").unlink()
     assert available_memory(cpu) == 200_000
-    monkeypatch.setattr(memory, "CONTROL_GROUP_FILES", files[1:])
+    monkeypatch.setattr(memory, "CONTROL_GROUPS", groups[1:])
     machine = available_memory(cpu)
     assert machine is None or machine > 10**7  # None: not Linux

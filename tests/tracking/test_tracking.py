@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from chargpt import tracking
 from chargpt.checkpoint import save_checkpoint
@@ -59,7 +60,8 @@ def git(folder: Path, *arguments: str) -> str:
 
 def make_repository(folder: Path) -> str:
     (folder / "chargpt").mkdir(parents=True)
-    (folder / "chargpt" / "model.py").write_text("width = 1\n")
+    for name in ("__init__.py", "model.py"):
+        (folder / "chargpt" / name).write_text("width = 1\n")
     (folder / "params.yaml").write_text("seed: 1\n")
     git(folder, "init", "--quiet")
     git(folder, "add", ".")
@@ -101,6 +103,7 @@ def test_run_shows_what_it_is(project: Path, monkeypatch: pytest.MonkeyPatch, cl
     monkeypatch.setenv("DVC_EXP_NAME", "brave-experiment")
     monkeypatch.setenv("DVC_STAGE", "train@bigram-7")
     commit = git(project, "rev-parse", "HEAD")
+    monkeypatch.setattr(provenance, "PACKAGE", project / "chargpt")
     tracker = open_tracker(CONFIG, RUN)
     assert tracker.url is None  # no server shows it yet
     tracker.finish("FINISHED")
@@ -132,17 +135,33 @@ def test_run_shows_what_it_is(project: Path, monkeypatch: pytest.MonkeyPatch, cl
 )
 def test_dirty_means_a_file_that_makes_results(tmp_path: Path, path: str, dirty: bool) -> None:
     commit = make_repository(tmp_path)
-    assert tracking.git_state(tmp_path) == tracking.GitState(commit, dirty=False)
+    package = tmp_path / "chargpt"
+    assert provenance.git_state(package) == tracking.GitState(commit, dirty=False)
     (tmp_path / path).write_text("changed\n")
-    assert tracking.git_state(tmp_path / "chargpt") == tracking.GitState(commit, dirty)
+    assert provenance.git_state(package) == tracking.GitState(commit, dirty)
+
+
+def test_the_repository_that_a_text_or_an_environment_lies_in_is_not_the_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_repository(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    installed = tmp_path / ".venv" / "site-packages" / "chargpt"
+    installed.mkdir(parents=True)
+    (installed / "__init__.py").touch()
+    assert provenance.git_state(installed) is None
+    monkeypatch.setattr(provenance, "PACKAGE", installed)
+    assert "mlflow.source.git.commit" not in provenance.all_tags(RUN)
 
 
 def test_without_git_the_name_has_no_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     monkeypatch.chdir(tmp_path)
-    assert tracking.git_state(tmp_path) is None
+    (tmp_path / "__init__.py").touch()
+    monkeypatch.setattr(provenance, "PACKAGE", tmp_path)
+    assert tracking.code_state() is None
     monkeypatch.setenv("PATH", "")  # not installed
-    assert tracking.git_state(tmp_path) is None
+    assert tracking.code_state() is None
     assert provenance.run_name(RUN, provenance.all_tags(RUN)) == "bigram-s7"
 
 
@@ -258,7 +277,8 @@ def test_system_metrics_go_on_after_a_resume(monkeypatch: pytest.MonkeyPatch, cl
 def test_logged_model_loads_back_and_generates(project: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     tokenizer = CharacterTokenizer("\nabc")
     model = build_model(BigramConfig(), tokenizer.vocab_size, seed=1)
-    save_checkpoint(tmp_path / "checkpoint", model, tokenizer, {})
+    training = {"identity": {}, "step": 0, "history": [[0, {}]], "best": [0, 1.0]}
+    save_checkpoint(tmp_path / "checkpoint", model, tokenizer, {}, {"only/to go on": torch.zeros(1)}, training)
     (tmp_path / "best").symlink_to("checkpoint")
     tracker = open_tracker(CONFIG, RUN)
     tracker.finish("FINISHED", model=tmp_path / "best")
@@ -275,7 +295,10 @@ def test_logged_model_loads_back_and_generates(project: Path, tmp_path: Path, re
     assert loaded.predict(["ab", ""], params=params) == expected
     assert loaded.predict(pd.DataFrame({"prompt": ["ab", ""]}), params=params) == expected
     assert len(loaded.predict(["a"])[0]) == 501
-    assert not list((project / "mlartifacts").rglob("*.pkl"))
+    names = {path.name for path in (project / "mlartifacts").rglob("*")}
+    assert {"checkpoint.json", "model.safetensors", "tokenizer.json"} <= names
+    assert "state.safetensors" not in names
+    assert not [name for name in names if name.endswith(".pkl")]
     assert [str(warning.message) for warning in recwarn if issubclass(warning.category, UserWarning)] == []
     assert not any((project / name).exists() for name in ("mlruns", "chargpt/mlflow.db"))
 

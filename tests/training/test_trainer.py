@@ -7,8 +7,10 @@ import math
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -628,13 +630,13 @@ def test_best_and_last_are_kept_apart(
     assert (folder / "last").resolve().name == "step-000020"
     assert sorted(path.name for path in folder.glob("step-*")) == ["step-000012", "step-000020"]
     assert metrics["best_step"] == 12
-    assert metrics["val_full_last"] == 2.5
+    assert metrics["val_last"] == 2.5
     best = runs.weights(folder, "best")
     assert not torch.equal(best["token_table.weight"], runs.weights(folder)["token_table.weight"])
     assert tracker.model["model.safetensors"] == (folder / "best" / "model.safetensors").read_bytes()
 
 
-def test_the_tracker_gets_the_whole_curve_in_order_and_a_model_without_training_state(
+def test_the_tracker_gets_the_whole_curve_in_order_and_the_best_model(
     tmp_path: Path, tracker: runs.FakeTracker
 ) -> None:
     folder = tmp_path / "run"
@@ -645,8 +647,7 @@ def test_the_tracker_gets_the_whole_curve_in_order_and_a_model_without_training_
         assert later == sorted(later)
     assert tracker.histories[-1][-1] == 20
     assert tracker.finished == ["KILLED", "FINISHED"]
-    assert tracker.model.keys() == {"checkpoint.json", "model.safetensors", "tokenizer.json"}
-    assert json.loads(tracker.model["checkpoint.json"])["content"]["training"] is None
+    assert tracker.model == {path.name: path.read_bytes() for path in (folder / "best").iterdir()}
     assert tracker.artifacts == ["config.yaml", "curve.csv", "sample.txt"]
     assert tracker.summary["val_full"] == metrics["val_full"]
     assert all(isinstance(value, (int, float)) for value in tracker.summary.values())
@@ -805,3 +806,35 @@ def test_on_a_terminal_a_bar_shows_loss_speed_and_time_left(monkeypatch: pytest.
 )
 def test_durations_read_as_people_say_them(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+# ------------------------------------------------------------------------------------------------ what is not the run's
+
+
+def test_a_folder_that_is_deleted_while_a_run_trains_ends_it_and_does_not_come_back(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    steps = iter(range(100))
+
+    def delete(number: int, what: str) -> None:
+        if what == "step" and next(steps) == 8:
+            shutil.rmtree(folder)
+
+    with runs.Moments(folder, delete), pytest.raises(TrainingError, match="was deleted or moved while the run trained"):
+        runs.train(folder)
+    assert not folder.exists()
+
+
+def test_the_callers_random_stream_goes_on_as_if_nothing_was_trained(tmp_path: Path) -> None:
+    before = torch.get_rng_state()
+    runs.train(tmp_path / "run", runs.TRANSFORMER)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_finished_run_needs_no_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: object, **__: object) -> None:
+        raise FileNotFoundError("no usable temporary directory")
+
+    for name in ("gettempdir", "mkdtemp", "TemporaryDirectory", "NamedTemporaryFile"):
+        monkeypatch.setattr(tempfile, name, none)
+    runs.train(tmp_path / "run")
+    assert (tmp_path / "run" / "metrics.json").is_file()

@@ -1,5 +1,6 @@
 """Softmax cross-entropy: the public functions, the reference, and the operators that a backend's kernels become."""
 
+import math
 from typing import Any
 
 import torch
@@ -100,9 +101,9 @@ def _check(
         raise ValueError(f"logits and targets must be on one device, got {logits.device} and {targets.device}")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
-    if z_loss < 0:
+    if not 0 <= z_loss < math.inf:  # so written that NaN fails too
         raise ValueError(f"z_loss must be at least 0, got {z_loss}")
-    if softcap is not None and softcap <= 0:
+    if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap must be positive or None, got {softcap}")
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"reduction must be none, mean or sum, got {reduction!r}")
