@@ -72,7 +72,7 @@ class AttentionNode : public torch::autograd::Function<AttentionNode> {
     const auto window = data["window"].toOptional<int64_t>();
     const auto seed = data["seed"].toOptional<Tensor>();
     std::tuple<Tensor, Tensor, Tensor> inputs;
-    if (at::GradMode::is_enabled()) {  // create_graph=True
+    if (needs_operators(gradients[0], gradients[1])) {
       static const auto differentiable_backward =
           c10::Dispatcher::singleton()
               .findSchemaOrThrow("chargpt::causal_attention_backward", "")

@@ -112,7 +112,7 @@ class AddRmsNormNode : public torch::autograd::Function<AddRmsNormNode> {
     const auto saved = context->get_saved_variables();
     const auto y_type = code < 0 ? saved[0].scalar_type() : static_cast<at::ScalarType>(code);
     Tensor dx, dy;
-    if (at::GradMode::is_enabled() && dnormed.defined()) {  // create_graph=True
+    if (dnormed.defined() && needs_operators(dnormed, dsum)) {
       static const auto differentiable_backward = c10::Dispatcher::singleton()
                                                       .findSchemaOrThrow("chargpt::rms_norm_backward", "")
                                                       .typed<Tensor(const Tensor&, const Tensor&, const Tensor&)>();
@@ -246,11 +246,11 @@ class QkvHeadsNode : public torch::autograd::Function<QkvHeadsNode> {
     const Kept& kept = static_cast<const Kept&>(*context->saved_data["kept"].toCapsule());
     const auto saved = context->get_saved_variables();
     const Tensor &qkv = saved[0], &cos = saved[1], &sin = saved[2];
-    if (!at::GradMode::is_enabled()) {
+    if (!needs_operators(dq, dk, dv)) {
       const auto [dqkv, dvalue_rows] = join_heads(dq, dk, dv, qkv, cos, sin, kept.options, kept.value_type);
       return {dqkv, dvalue_rows, Tensor(), Tensor(), Tensor()};
     }
-    static const auto differentiable_backward =  // create_graph=True
+    static const auto differentiable_backward =
         c10::Dispatcher::singleton()
             .findSchemaOrThrow("chargpt::qkv_heads_backward", "")
             .typed<Tensor(const std::optional<Tensor>&, const std::optional<Tensor>&, const std::optional<Tensor>&,
@@ -332,8 +332,8 @@ class ReluSquaredNode : public torch::autograd::Function<ReluSquaredNode> {
 
   static variable_list backward(AutogradContext* context, const variable_list& gradients) {
     const Tensor x = context->get_saved_variables()[0];
-    if (!at::GradMode::is_enabled()) return {square_of_relu_backward(gradients[0], x)};
-    static const auto differentiable_backward = c10::Dispatcher::singleton()  // create_graph=True
+    if (!needs_operators(gradients[0])) return {square_of_relu_backward(gradients[0], x)};
+    static const auto differentiable_backward = c10::Dispatcher::singleton()
                                                     .findSchemaOrThrow("chargpt::relu_squared_backward", "")
                                                     .typed<Tensor(const Tensor&, const Tensor&)>();
     return {differentiable_backward.call(gradients[0], x)};

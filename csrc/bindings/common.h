@@ -7,6 +7,7 @@
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_strided.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <pybind11/pybind11.h>
 #include <torch/csrc/utils/pybind.h>
 
@@ -42,6 +43,26 @@ inline at::TensorOptions row_options(const Tensor& x) { return x.options().dtype
 
 inline Tensor or_undefined(const std::optional<Tensor>& x) { return x.value_or(Tensor()); }
 inline std::optional<Tensor> or_none(const Tensor& x) { return x.defined() ? std::optional(x) : std::nullopt; }
+
+// Whether this is a tensor whose memory may be read here and now. Torch has many others: fake, batched, functional, lazy,
+// zero, negative, sparse and quantised ones, subclasses, modes, a tracer that listens, a tangent of forward-mode AD.
+// What tells them apart is that anything but the keys below has a say in what happens to them. What has no elements has
+// no kernel: its results may have some, which nobody would write.
+inline bool is_plain(const Tensor& x) {
+  static const uint64_t plain =
+      c10::DispatchKeySet({c10::DispatchKey::CPU, c10::DispatchKey::AutogradCPU, c10::DispatchKey::AutocastCPU,
+                           c10::DispatchKey::ADInplaceOrView, c10::DispatchKey::BackendSelect})
+          .raw_repr();
+  const auto local = c10::impl::tls_local_dispatch_key_set();
+  const uint64_t keys = (x.key_set().raw_repr() | local.included_.raw_repr()) & ~local.excluded_.raw_repr();
+  return (keys & ~plain) == 0 && x.has_storage() && x.numel() > 0 && !x._fw_grad(0).defined();
+}
+
+// Whether a backward pass must go through operators: create_graph=True, or gradients that are no plain tensors.
+template <class... Tensors>
+bool needs_operators(const Tensors&... gradients) {
+  return at::GradMode::is_enabled() || ((gradients.defined() && !is_plain(gradients)) || ...);
+}
 
 template <class... Tensors>
 bool needs_gradient(const Tensors&... tensors) {

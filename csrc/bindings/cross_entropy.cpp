@@ -210,7 +210,7 @@ class CrossEntropyNode : public torch::autograd::Function<CrossEntropyNode> {
 
   static Tensor gradient(torch::autograd::AutogradContext* context, const Tensor& loss_gradient) {
     Kept& kept = static_cast<Kept&>(*context->saved_data["kept"].toCapsule());
-    const bool differentiable = at::GradMode::is_enabled();  // create_graph=True
+    const bool differentiable = needs_operators(loss_gradient);
     if (kept.gradient.defined() && !differentiable) {
       const Tensor gradient = std::move(kept.gradient);  // now it is the receiver's alone
       if (loss_gradient.item<double>() != 1.0) gradient.mul_(loss_gradient);

@@ -1,7 +1,5 @@
 // The native module `chargpt._native`. chargpt/kernels/backends/cpp.py makes operators of what it holds.
 
-#include <ATen/TensorSubclassLikeUtils.h>
-
 #include <algorithm>
 
 #include "common.h"
@@ -14,11 +12,8 @@ void define_cross_entropy(py::module_& m);
 
 namespace {
 
-// Whether all these are tensors whose memory may be read here and now: no fake, functorch or subclass tensors, no mode.
-bool is_plain(const py::args& tensors) {
-  return std::all_of(tensors.begin(), tensors.end(), [](const py::handle& x) {
-    return !at::isTensorSubclassLike(x.cast<Tensor>());
-  });
+bool all_plain(const py::args& tensors) {
+  return std::all_of(tensors.begin(), tensors.end(), [](const py::handle& x) { return is_plain(x.cast<Tensor>()); });
 }
 
 #if defined(__clang__)
@@ -63,7 +58,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "chargpt's compiled kernels";
   m.def("build_info", &build_info, "The torch version, compiler and C++ standard that this module was built with.");
   m.def("cpu_features", &cpu_features, "Instruction sets that this CPU offers, by name.");
-  m.def("is_plain", &is_plain, "Whether kernels may read these tensors' memory here and now.");
+  m.def("is_plain", &all_plain, "Whether kernels may read these tensors' memory here and now.");
   define_attention(m);
   define_cross_entropy(m);
   define_block(m);

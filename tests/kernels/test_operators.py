@@ -146,12 +146,13 @@ def loss_of(logits: Tensor, targets: Tensor, **options: Any) -> Tensor:
 def test_attention_and_its_gradients_are_the_kernels(case: AttentionCase) -> None:
     inputs = case.inputs()
     got = attention(case, *inputs)
-    assert calls == {"attend": 1}
+    by_kernels = all(x.numel() for x in inputs)  # what has no elements is the reference's
+    assert calls == ({"attend": 1} if by_kernels else {})
     options: dict[str, Any] = {"scale": 0.4, "dropout_p": 0.0, "window": None} | case.options
     expected = attend(*inputs, **options, seed=torch.tensor(5) if options["dropout_p"] else None)
     upstream = [torch.randn_like(x) for x in got]
     gradients = torch.autograd.grad(got, inputs, upstream)
-    assert calls == {"attend": 1, "attend backward": 1}
+    assert calls == ({"attend": 1, "attend backward": 1} if by_kernels else {})
     torch.testing.assert_close(got, expected)
     torch.testing.assert_close(gradients, torch.autograd.grad(expected, inputs, upstream))
 
@@ -185,10 +186,12 @@ def test_the_loss_and_its_gradient_are_the_kernels(case: CrossEntropyCase) -> No
     logits, targets = case.inputs(torch.float32)
     reduction = case.options.get("reduction", "mean")
     loss = loss_of(logits, targets, **case.options)
-    assert calls == ({"loss": 1} if reduction == "none" else {"loss and gradient": 1})
+    by_kernels = logits.numel() > 0
+    assert calls == ({} if not by_kernels else {"loss": 1} if reduction == "none" else {"loss and gradient": 1})
     upstream = torch.linspace(0.5, 2, loss.numel()).reshape(loss.shape)
     (gradient,) = torch.autograd.grad(loss, logits, upstream)
-    assert calls == ({"loss": 1, "gradient": 1} if reduction == "none" else {"loss and gradient": 1, "scale": 1})
+    both = {"loss": 1, "gradient": 1} if reduction == "none" else {"loss and gradient": 1, "scale": 1}
+    assert calls == (both if by_kernels else {})
     defaults = {"ignore_index": -100, "label_smoothing": 0.0, "z_loss": 0.0, "softcap": None, "reduction": "mean"}
     expected = reference_cross_entropy(logits, targets, **defaults | case.options)
     torch.testing.assert_close(loss, expected)

@@ -14,7 +14,7 @@ from torch import Tensor
 from chargpt.kernels import native
 from chargpt.kernels.ops import OPERATIONS
 from chargpt.kernels.ops.attention import MAX_HEAD_SIZE
-from chargpt.kernels.ops.common import OperatorLibrary
+from chargpt.kernels.ops.common import OperatorLibrary, has_usual_type
 
 
 def _module() -> Any:
@@ -22,6 +22,14 @@ def _module() -> Any:
 
 
 LIBRARY = OperatorLibrary("chargpt", "CPU", _module, [*OPERATIONS.values()])  # csrc looks these names up
+
+
+def _natively(*tensors: Tensor | None) -> bool:
+    """Whether the module may take these tensors as they are."""
+    if torch.compiler.is_compiling():
+        return False
+    given = [x for x in tensors if x is not None]
+    return all(map(has_usual_type, given)) and _module().is_plain(*given)
 
 
 def causal_attention(
@@ -36,7 +44,7 @@ def causal_attention(
     return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """As the reference, for float32, bfloat16 and float64 on the CPU; D above 256 is left to it."""
-    if q.shape[-1] <= MAX_HEAD_SIZE and not torch.compiler.is_compiling() and _module().is_plain(q, k, v):
+    if q.shape[-1] <= MAX_HEAD_SIZE and _natively(q, k, v):
         outputs = _module().causal_attention(q, k, v, scale, dropout_p, window, seed)
         return outputs if return_lse else outputs[0]  # type: ignore[no-any-return]
     return LIBRARY["causal_attention"](  # type: ignore[no-any-return]
@@ -55,7 +63,7 @@ def softmax_cross_entropy(
     reduction: str,
 ) -> Tensor:
     """As the reference, for float32, bfloat16 and float64 logits on the CPU."""
-    if not torch.compiler.is_compiling() and _module().is_plain(logits, targets):
+    if _natively(logits, targets):
         options = (ignore_index, label_smoothing, z_loss, softcap, reduction)
         return _module().softmax_cross_entropy(logits, targets, *options)  # type: ignore[no-any-return]
     return LIBRARY["softmax_cross_entropy"](  # type: ignore[no-any-return]
@@ -77,7 +85,7 @@ def add_rms_norm(x: Tensor, y: Tensor | None, *, dtype: torch.dtype) -> tuple[Te
     """
     if torch.compiler.is_compiling() or not _same_or_half(x.dtype, x.dtype if y is None else y.dtype, dtype):
         return OPERATIONS["add_rms_norm"].reference(x, y, dtype=dtype)  # type: ignore[no-any-return]
-    if _module().is_plain(x) if y is None else _module().is_plain(x, y):
+    if _natively(x, y):
         return _module().add_rms_norm(x, y, dtype)  # type: ignore[no-any-return]
     return LIBRARY["add_rms_norm"](x, y, dtype=dtype)  # type: ignore[no-any-return]
 
@@ -102,7 +110,7 @@ def qkv_heads(
         return OPERATIONS["qkv_heads"].reference(qkv, value_rows, cos, sin, **options)  # type: ignore[no-any-return]
     if value_rows is not None and not _same_or_half(value_rows.dtype, qkv.dtype):
         value_rows = value_rows.to(qkv.dtype)
-    if _module().is_plain(*(x for x in (qkv, value_rows, cos, sin) if x is not None)):
+    if _natively(qkv, value_rows, cos, sin):
         return _module().qkv_heads(qkv, value_rows, cos, sin, n_head, n_kv_head, qk_norm)  # type: ignore[no-any-return]
     return LIBRARY["qkv_heads"](qkv, value_rows, cos, sin, **options)  # type: ignore[no-any-return]
 
@@ -111,7 +119,7 @@ def relu_squared(x: Tensor) -> Tensor:
     """As the reference, for float32, bfloat16 and float64 on the CPU; torch.compile is left to it."""
     if torch.compiler.is_compiling():
         return OPERATIONS["relu_squared"].reference(x)  # type: ignore[no-any-return]
-    return _module().relu_squared(x) if _module().is_plain(x) else LIBRARY["relu_squared"](x)  # type: ignore[no-any-return]
+    return _module().relu_squared(x) if _natively(x) else LIBRARY["relu_squared"](x)  # type: ignore[no-any-return]
 
 
 def _same_or_half(dtype: torch.dtype, *others: torch.dtype) -> bool:

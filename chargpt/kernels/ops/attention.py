@@ -12,7 +12,7 @@ import torch
 from torch import Generator, Tensor
 
 from chargpt.kernels import registry
-from chargpt.kernels.ops.common import Operation, OperatorLibrary, computing_dtype, inside_functorch, shape_of
+from chargpt.kernels.ops.common import Operation, OperatorLibrary, computing_dtype, only_reference, shape_of
 from chargpt.kernels.philox import dropout_keep_mask, refuse_capture
 
 MAX_HEAD_SIZE = 256  # the largest D that the kernels take: kMaxHeadSize in csrc/
@@ -205,7 +205,11 @@ def register(library: OperatorLibrary) -> Any:
         "causal_attention_backward",
         "(Tensor? out_gradient, Tensor? lse_gradient, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
         f"{OPTIONS}) -> (Tensor dq, Tensor dk, Tensor dv)",
-        lambda *arguments: call("causal_attention_backward", *arguments),
+        lambda dO, dlse, q, k, v, *rest: (
+            call("causal_attention_backward", dO, dlse, q, k, v, *rest)
+            if q.numel() and k.numel()
+            else tuple(torch.zeros_like(x) for x in (q, k, v))  # without queries no kernel would write dK and dV
+        ),
         _fake_attend_backward,
         (_save_for_attend_backward, _differentiate_attend_backward),
         (torch.Tag.cudagraph_unsafe,),
@@ -224,7 +228,7 @@ def register(library: OperatorLibrary) -> Any:
     ) -> Tensor | tuple[Tensor, Tensor]:
         """As `reference`; D above MAX_HEAD_SIZE is left to it."""
         options = (scale, dropout_p, window, seed)
-        if q.shape[-1] > MAX_HEAD_SIZE or inside_functorch():
+        if q.shape[-1] > MAX_HEAD_SIZE or only_reference(q, k, v):
             named: Any = dict(zip(NAMES, options, strict=True))
             return reference(q, k, v, **named, return_lse=return_lse)
         outputs = library.ops.causal_attention(q, k, v, *options)

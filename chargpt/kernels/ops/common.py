@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+
+DISABLED = torch._C._disabled_torch_function_impl  # of Parameter, and of tensors that know dispatch alone
 
 
 @dataclass(frozen=True)
@@ -69,8 +72,33 @@ class OperatorLibrary:
             torch.library.register_autograd(qualified, differentiate, setup_context=save, lib=self._library)
 
 
-def inside_functorch() -> bool:
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+def only_reference(*tensors: Tensor | None) -> bool:
+    """Whether operators registered from Python would lose something that torch's own operations keep.
+
+    Inside torch.func transforms and torch.jit.trace, for forward-mode AD's tangents, for layouts other than strides,
+    and for subclasses that look at torch's functions, the reference gives what torch gives.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    if torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None:
+        return True
+    return any(x is not None and not has_usual_form(x) for x in tensors)
+
+
+def has_usual_form(x: Tensor) -> bool:
+    """Whether a tensor has a usual type, strides and elements, and no tangent.
+
+    Fake tensors, and others that operators know by their dispatch keys, have the usual form. What has no elements has
+    no kernel: its results may have some, which nobody would write.
+    """
+    if not has_usual_type(x) or x.layout is not torch.strided or x.is_quantized or x.is_nested or x.numel() == 0:
+        return False
+    return forward_ad._current_level < 0 or forward_ad.unpack_dual(x).tangent is None  # type: ignore[no-untyped-call]
+
+
+def has_usual_type(x: Tensor) -> bool:
+    """Whether no type of its own would look at torch's functions, and want to be the result's."""
+    return type(x) is Tensor or type(x).__torch_function__ is DISABLED
 
 
 def second_derivative(f: Callable[[Tensor], Any], cotangents: Any, x: Tensor, upstream: Tensor) -> tuple[Any, Tensor]:

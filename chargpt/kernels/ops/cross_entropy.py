@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from chargpt.kernels import registry
-from chargpt.kernels.ops.common import Operation, OperatorLibrary, computing_dtype, inside_functorch, shape_of
+from chargpt.kernels.ops.common import Operation, OperatorLibrary, computing_dtype, only_reference, shape_of
 
 NAMES = ("ignore_index", "label_smoothing", "z_loss", "softcap", "reduction")
 OPTIONS = "int ignore_index, float label_smoothing, float z_loss, float? softcap, str reduction"
@@ -226,7 +226,7 @@ def register(library: OperatorLibrary) -> Any:
     ) -> Tensor:
         """As `reference`."""
         options = (ignore_index, label_smoothing, z_loss, softcap, reduction)
-        if inside_functorch():
+        if only_reference(logits, targets):
             named: Any = dict(zip(NAMES, options, strict=True))
             return reference(logits, targets, **named)
         wanted = library.gradient_in_forward and torch.is_grad_enabled() and logits.requires_grad

@@ -13,7 +13,7 @@ from chargpt.kernels.ops.common import (
     Operation,
     OperatorLibrary,
     computing_dtype,
-    inside_functorch,
+    only_reference,
     second_derivative,
     shape_of,
 )
@@ -208,7 +208,7 @@ def register(library: OperatorLibrary) -> Any:
         qk_norm: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As `reference`."""
-        if inside_functorch():
+        if only_reference(qkv, value_rows, cos, sin):
             return reference(qkv, value_rows, cos, sin, n_head=n_head, n_kv_head=n_kv_head, qk_norm=qk_norm)
         return library.ops.qkv_heads(qkv, value_rows, cos, sin, n_head, n_kv_head, qk_norm)  # type: ignore[no-any-return]
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from chargpt.kernels import registry
-from chargpt.kernels.ops.common import Operation, OperatorLibrary, inside_functorch, second_derivative
+from chargpt.kernels.ops.common import Operation, OperatorLibrary, only_reference, second_derivative
 
 
 def relu_squared(x: Tensor, *, impl: str = "auto") -> Tensor:
@@ -59,7 +59,7 @@ def register(library: OperatorLibrary) -> Any:
         (save, differentiate_backward),
     )
 
-    return lambda x: reference(x) if inside_functorch() else library.ops.relu_squared(x)
+    return lambda x: reference(x) if only_reference(x) else library.ops.relu_squared(x)
 
 
 OPERATION = Operation("relu_squared", reference, register, small=True)
