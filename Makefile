@@ -9,7 +9,7 @@ export DO_NOT_TRACK := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro ablation plots test test-long lint bench gpu gpu-rehearsal sanitize cuda-build ui clean
+.PHONY: help setup repro ablation plots test test-long fuzz lint bench gpu gpu-rehearsal sanitize cuda-build ui clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -44,6 +44,9 @@ test: $(READY)  ## run the tests
 
 test-long: $(READY)  ## run the tests that take minutes
 	$(BIN)/python -m pytest -m slow
+
+fuzz: $(READY)  ## give every door input that nobody would write by hand, for an hour; SECONDS=60 for less
+	$(BIN)/python -m tests.fuzz $(if $(SECONDS),--seconds $(SECONDS)) $(if $(SEED),--seed $(SEED))
 
 lint: $(READY)  ## check style and types
 	$(BIN)/ruff check .

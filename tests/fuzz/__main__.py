@@ -1,0 +1,145 @@
+"""Fuzz for a time: `python -m tests.fuzz --seconds 3600`, or `make fuzz`.
+
+Each target runs in a process of its own, so that a crash or a hang is counted and the rest goes on. What fails is
+printed with the command that repeats it. Ends with 1 if anything failed.
+"""
+
+import argparse
+import json
+import multiprocessing
+import random
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from fuzz.targets import TARGETS
+
+HANG = 120  # seconds for one piece of input
+REPORT = Path("build/fuzz.json")
+
+
+def rng_of(seed: int, target: str, number: int) -> random.Random:
+    return random.Random(f"{seed}/{target}/{number}")
+
+
+def work(target: str, seed: int, first: int, deadline: float, pipe: Connection) -> None:
+    """Tries pieces of input from number `first` on; says which one comes, and what became of it."""
+    import torch
+
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(prefix="chargpt-fuzz-") as folder:
+        made = TARGETS[target](Path(folder))
+        number = first
+        while time.monotonic() < deadline:
+            pipe.send(number)
+            torch.manual_seed(number)
+            try:
+                pipe.send(made.once(rng_of(seed, target, number)))
+            except Exception:
+                pipe.send(("traceback", traceback.format_exc()))
+            number += 1
+    pipe.send(None)
+
+
+class Worker:
+    """A target's process, started again after a crash or a hang."""
+
+    def __init__(self, target: str, seed: int, first: int, deadline: float) -> None:
+        self.target, self.seed, self.deadline = target, seed, deadline
+        self.counts: Counter[str] = Counter()
+        self.failures: list[dict[str, Any]] = []
+        self._start(first)
+
+    def _start(self, first: int) -> None:
+        self.pipe, child = multiprocessing.get_context("spawn").Pipe()
+        arguments = (self.target, self.seed, first, self.deadline, child)
+        self.process = multiprocessing.get_context("spawn").Process(target=work, args=arguments)
+        self.process.start()
+        child.close()
+        self.number, self.since, self.done = first, time.monotonic(), False
+
+    def look(self) -> None:
+        """Take what the process has said so far."""
+        try:
+            while self.pipe.poll():
+                said = self.pipe.recv()
+                self.since = time.monotonic()
+                if said is None:
+                    self.done = True
+                elif isinstance(said, int):
+                    self.number = said
+                elif isinstance(said, str):
+                    self.counts[said] += 1
+                else:
+                    self._fail(*said)
+        except EOFError:
+            if not self.done:
+                self.process.join()
+                self._fail("crash", f"exit code {self.process.exitcode}")
+                self._again()
+        if not self.done and time.monotonic() - self.since > HANG:
+            self.process.kill()
+            self.process.join()
+            self._fail("hang", f"no end after {HANG} s")
+            self._again()
+
+    def _again(self) -> None:
+        if time.monotonic() < self.deadline:
+            self._start(self.number + 1)
+        else:
+            self.done = True
+
+    def _fail(self, kind: str, what: str) -> None:
+        self.counts[kind] += 1
+        again = f"python -m tests.fuzz --targets {self.target} --seed {self.seed} --only {self.number}"
+        self.failures.append({"target": self.target, "kind": kind, "again": again, "what": what})
+        print(f"{kind}: {again}\n{what}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Fuzz chargpt with input from a seed.")
+    parser.add_argument("--seconds", type=float, default=3600, help="in all (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=int(time.time()), help="of all input (default: the time)")
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=[*TARGETS], help="(default: all)")
+    parser.add_argument("--jobs", type=int, default=2, help="targets at a time (default: %(default)s)")
+    parser.add_argument("--only", type=int, metavar="N", help="try piece N of each target here, with its traceback")
+    arguments = parser.parse_args()
+    if arguments.only is not None:
+        for target in arguments.targets:
+            with tempfile.TemporaryDirectory(prefix="chargpt-fuzz-") as folder:
+                print(target, TARGETS[target](Path(folder)).once(rng_of(arguments.seed, target, arguments.only)))
+        return
+    waiting, working, ended = list(arguments.targets), [], []
+    each = arguments.seconds * arguments.jobs / len(waiting)
+    start = time.monotonic()
+    while waiting or working:
+        while waiting and len(working) < arguments.jobs:
+            working.append(Worker(waiting.pop(0), arguments.seed, 0, time.monotonic() + each))
+        time.sleep(0.2)
+        for worker in [*working]:
+            worker.look()
+            if worker.done:
+                working.remove(worker)
+                ended.append(worker)
+                print(f"{worker.target}: {dict(worker.counts)}, {time.monotonic() - start:.0f} s", flush=True)
+    failures = [failure for worker in ended for failure in worker.failures]
+    REPORT.parent.mkdir(exist_ok=True)
+    report = {
+        "seed": arguments.seed,
+        "counts": {worker.target: worker.counts for worker in ended},
+        "failures": failures,
+    }
+    REPORT.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"seed {arguments.seed}: {len(failures)} failures; {REPORT} has all of it")
+    sys.exit(bool(failures))
+
+
+if __name__ == "__main__":
+    main()
