@@ -21,6 +21,15 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 for number in (signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, signal.SIG_DFL)
 
+os.environ.pop("MLFLOW_TRACKING_URI", None)  # or the tests would write into the developer's own store
+
+
+@pytest.fixture(autouse=True)
+def _no_store_of_another_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    """mlflow.set_tracking_uri sets the variable too, and what starts later would log there."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")  # so that its absence is what comes back
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+
 
 @pytest.fixture(scope="session")
 def tiny_shakespeare(tmp_path_factory: pytest.TempPathFactory) -> Path:

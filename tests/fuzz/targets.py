@@ -145,7 +145,10 @@ class Checkpoints:
                 if rng.random() < 0.5 and path.name != "checkpoint.json":
                     reseal(last)
             case 1:
-                reseal(last, lambda content: _replace(content, changed_value(rng, content)))
+                try:
+                    reseal(last, lambda content: _replace(content, changed_value(rng, content)))
+                except UnicodeEncodeError:  # half a character: no such file can be sealed
+                    return REFUSED
             case 2:
                 path = last / rng.choice(["state.safetensors", "model.safetensors"])
                 tensors = load_file(path)

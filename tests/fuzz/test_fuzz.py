@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fuzz.__main__ import rng_of
 from fuzz.targets import TARGETS
+from fuzz.worker import rng_of
 
 PIECES = {
     "checkpoints": 60,

@@ -135,6 +135,8 @@ def value(x: Any) -> Tensor:
         return torch._from_functional_tensor(x)
     if isinstance(x, Wrapped):
         return x.inner
+    if isinstance(x, torch.masked.MaskedTensor):
+        return x.to_tensor(0.0)
     if x.is_nested:
         return torch.cat([part.flatten() for part in x.unbind()])
     if x.layout is not torch.strided:

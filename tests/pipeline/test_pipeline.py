@@ -55,7 +55,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("chargpt", "csrc", "pipelines", ".dvc"):
         ignore_dvc = shutil.ignore_patterns("cache", "tmp") if name == ".dvc" else ignored
         shutil.copytree(ROOT / name, folder / name, ignore=ignore_dvc)
-    for name in ("dvc.yaml", ".dvcignore", ".gitignore"):
+    for name in ("dvc.yaml", ".dvcignore", ".gitignore", "setup.py"):
         shutil.copy(ROOT / name, folder / name)
     write_params(folder, params())
     (folder / "text.txt").write_text(TEXT)
