@@ -397,7 +397,10 @@ class Kernels:
         scale = rng.choice([0.0, 1.0, 1e3, 1e-30])
         x = scale * torch.randn(sizes, generator=torch.Generator().manual_seed(rng.randrange(2**30)))
         x = x.to(rng.choice([torch.float32, torch.float32, torch.bfloat16, torch.float64]))
-        for kind in rng.sample(sorted(KINDS), rng.choice([0, 1, 1, 2])):
+        kinds = rng.sample(sorted(KINDS), rng.choice([0, 1, 1, 2]))
+        if kinds[-1:] == ["wrapped"] and kinds[0] in ("negative", "imaginary", "zero"):
+            return REFUSED  # inside a wrapper's dispatch torch's own operators read the wrong memory of these
+        for kind in kinds:
             try:
                 x = KINDS[kind](x)
             except Exception:  # torch cannot make it
@@ -413,7 +416,7 @@ class Kernels:
             return REFUSED
         assert not isinstance(wanted, Exception), f"{name} of {sizes}: a result where the reference has {wanted!r}"
         assert (got.shape, got.dtype) == (wanted.shape, wanted.dtype)
-        if not got.is_meta and not got.is_complex():
+        if not value(got).is_meta and not got.is_complex():
             tolerance = 2e-2 if x.dtype == torch.bfloat16 else 1e-4
             size = value(wanted).abs().nan_to_num(0, 0, 0).max().item() if wanted.numel() else 0.0
             torch.testing.assert_close(

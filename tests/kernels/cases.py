@@ -280,9 +280,9 @@ def torch_cross_entropy(
 
 
 def naive_philox(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Philox 4x32-10 in Python integers (Salmon et al. 2011)."""
+    """Philox 4x32-7 in Python integers (Salmon et al. 2011)."""
     c, k = list(counter), list(key)
-    for _ in range(10):
+    for _ in range(7):
         high0, low0 = divmod(0xD2511F53 * c[0], 2**32)
         high1, low1 = divmod(0xCD9E8D57 * c[2], 2**32)
         c = [high1 ^ c[1] ^ k[0], low1, high0 ^ c[3] ^ k[1], low0]
@@ -292,8 +292,9 @@ def naive_philox(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tu
 
 def naive_keep(seed: int, p: float, batch_head: int, query: int, key: int) -> bool:
     """Whether dropout keeps the weight at these absolute positions."""
-    words = naive_philox((key // 4, query, batch_head, 0), (seed % 2**32, seed // 2**32))
-    return words[key % 4] >= math.floor(p * 2**32)
+    words = naive_philox((key // 8, query, batch_head, 0), (seed % 2**32, seed // 2**32))
+    half = words[key % 8 // 2] >> 16 if key % 2 else words[key % 8 // 2] & 0xFFFF
+    return half >= p * 2**16
 
 
 DRAWS = range(8)  # of inputs, judged together

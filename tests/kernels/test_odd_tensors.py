@@ -134,7 +134,7 @@ def value(x: Any) -> Tensor:
         torch._sync(x)
         return torch._from_functional_tensor(x)
     if isinstance(x, Wrapped):
-        return x.inner
+        return value(x.inner)
     if isinstance(x, torch.masked.MaskedTensor):
         return x.to_tensor(0.0)
     if x.is_nested:
