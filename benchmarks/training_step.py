@@ -67,7 +67,7 @@ def step(
     network = build_model(model, VOCABULARY, seed=1, backend=backend)
     tokens = np.random.default_rng(2).integers(VOCABULARY, size=1_000_000, dtype=np.uint8)
     batches = build_batches("random", tokens, batch_size, model.block_size, seed=3)
-    runtime = Runtime(torch.device("cpu"), precision, compiled, backend, ())
+    runtime = Runtime(torch.device("cpu"), precision, compiled, False, backend, ())
     optimizers = build_optimizers(network, config.optimizer)
     trained = cast(LanguageModel, torch.compile(network)) if compiled else network
     return partial(training_step, trained, optimizers, batches, config, runtime)

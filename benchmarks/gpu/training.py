@@ -67,7 +67,7 @@ def setup(
     # A dry run only traces: inductor would spend its time on compiling C++.
     backend = "eager" if program.dry else "inductor"
     called = cast(LanguageModel, torch.compile(network, backend=backend)) if compiled else network
-    runtime = Runtime(program.device, "bf16", compiled, kernels, ())
+    runtime = Runtime(program.device, "bf16", compiled, False, kernels, ())
     return network, called, build_optimizers(network, config.optimizer), config, runtime
 
 

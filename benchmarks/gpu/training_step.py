@@ -1,8 +1,9 @@
 """Whole training steps of the 10.65 M model, batch 64 × 256, bfloat16: tokens per second, and what bounds them.
 
 From batch to optimizer, as `chargpt.training` makes them, by the host's clock. Against the same model on torch's
-scaled_dot_product_attention and F.cross_entropy, all of them eager and under torch.compile. Tokens are random: they
-change no amount of work. A profile says for how much of the time the GPU was busy, and with what.
+scaled_dot_product_attention and F.cross_entropy: eager, recorded as one CUDA graph, under torch.compile, and both.
+Tokens are random: they change no amount of work. A profile says for how much of the time the GPU was busy, and with
+what.
 """
 
 import re
@@ -19,6 +20,7 @@ from benchmarks.gpu.training import TORCH, candidates, setup
 from benchmarks.harness import milliseconds
 from chargpt.data import build_batches
 from chargpt.training import training_step
+from chargpt.training.graph import GraphedStep
 
 VOCABULARY = 65
 COMPILING = 150.0  # seconds that torch.compile may take for one of them
@@ -40,21 +42,21 @@ def main() -> None:
     names, refused = candidates(program)
     first, others = names[:1], names[1:]
     # What answers most comes first, in case that time runs out; torch: the reference, for the record.
-    measure(program, "eager", [*first, TORCH], refused)
-    measure(program, "compiled", [TORCH, *first], refused, compiled=True)
-    measure(program, "others, compiled", [TORCH, *others] if others else [], {}, compiled=True)
-    measure(program, "others, eager", list(dict.fromkeys([TORCH, *others, "torch"])), {})
+    graph, compiled_graph = ("", " compiled") if program.dry else (" graph", " compiled graph")
+    measure(program, "eager", [f"{name}{way}" for name in (*first, TORCH) for way in ("", graph)], refused)
+    ways = [f"{TORCH} compiled", *(f"{name}{way}" for name in (*first, TORCH) for way in (" compiled", compiled_graph))]
+    measure(program, "compiled", ways, refused)
+    measure(program, "others", [TORCH, *(f"{name}{way}" for name in (*others, "torch") for way in ("", graph))], {})
     program.finish()
 
 
-def measure(
-    program: Program, case: str, kernels: list[str], refused: dict[str, str], *, compiled: bool = False
-) -> None:
-    """Time the steps of each against the others', and profile those of the first two cases."""
-    if not kernels:
-        return
+def measure(program: Program, case: str, ways: list[str], refused: dict[str, str]) -> None:
+    """Time the steps of each against the others', and profile those of the first two cases.
+
+    ways: the name of an implementation, then " compiled" or " graph" or both
+    """
     steps = 1 if program.dry else 10  # in one sample, so that waiting for the GPU at its end weighs little
-    variants = {f"{name}{' compiled' if compiled else ''}": samples(program, name, compiled, steps) for name in kernels}
+    variants = {name: samples(program, name, steps) for name in dict.fromkeys(ways)}
 
     def per_step(sample: Function) -> float:
         program.synchronize()
@@ -76,17 +78,19 @@ def measure(
                 },
             }
         )
-        if not case.startswith("others"):
+        if case != "others":
             profiles = {name: profiled(program, variants[name], steps) for name in times.times}
             program.note(profiles=program.content["notes"].get("profiles", {}) | profiles)
 
 
-def samples(program: Program, kernels: str, compiled: bool, steps: int) -> Function:
+def samples(program: Program, way: str, steps: int) -> Function:
     """A function that makes `steps` training steps and waits for the GPU to finish them."""
-    _, called, optimizers, config, runtime = setup(program, kernels, compiled, VOCABULARY, max_steps=1)
+    kernels, *how = way.split()
+    _, called, optimizers, config, runtime = setup(program, kernels, "compiled" in how, VOCABULARY, max_steps=1)
     tokens = np.random.default_rng(2).integers(VOCABULARY, size=1_000_000, dtype=np.uint8)
     batches = build_batches("random", tokens, config.batch_size, config.model.block_size, seed=3)
-    step = partial(training_step, called, optimizers, batches, config, runtime)
+    parts = (called, optimizers, batches, config, runtime)
+    step = GraphedStep(*parts) if "graph" in how else partial(training_step, *parts)
 
     def sample() -> None:
         for _ in range(steps):

@@ -174,6 +174,7 @@ class TrainConfig:
     device: str = "auto"  # auto, cpu, cuda, cuda:1 …
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     compile: Literal["auto", "always", "never"] = "auto"  # torch.compile
+    cuda_graph: Literal["auto", "always", "never"] = "auto"  # one launch for a whole step on a GPU
     backend: Literal["auto", "torch", "cpp", "cuda", "triton"] = "auto"
 
     def __post_init__(self) -> None:

@@ -28,10 +28,15 @@ class Order(Protocol):
         ...
 
 
-class BatchSource(Protocol):
-    """An endless source of batches whose position can be saved."""
+class BatchStream(Protocol):
+    """An endless stream of batches."""
 
     def next(self) -> Batch: ...
+
+
+class BatchSource(BatchStream, Protocol):
+    """One whose position can be saved."""
+
     def state_dict(self) -> dict[str, torch.Tensor]: ...
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None: ...
 

@@ -25,6 +25,7 @@ class Runtime:
     device: torch.device
     precision: str  # fp32 or bf16 (autocast; weights and optimizer stay fp32)
     compile: bool
+    cuda_graph: bool
     backend: str  # who computes attention and cross-entropy, both joined by + where they differ
     reasons: tuple[str, ...]
 
@@ -38,10 +39,11 @@ class Runtime:
 
 
 def resolve_runtime(config: TrainConfig) -> Runtime:
-    """Decide what `config` leaves to `auto`. Raises ConfigError for a device or kernel that cannot run here."""
+    """Decide what `config` leaves to `auto`. Raises ConfigError for a device, graph or kernel that cannot run here."""
     device, device_reason = _device(config.device)
     precision, precision_reason = _precision(config, device)
     compiled, compile_reason = _compile(config.compile, device)
+    graphed, graph_reason = _cuda_graph(config, device)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     attention = resolve("causal_attention", device, dtype, config.backend)
     cross_entropy = resolve("softmax_cross_entropy", device, dtype, config.backend)
@@ -49,11 +51,13 @@ def resolve_runtime(config: TrainConfig) -> Runtime:
         device,
         precision,
         compiled,
+        graphed,
         attention.name if attention.name == cross_entropy.name else f"{attention.name}+{cross_entropy.name}",
         (
             f"device {device}: {device_reason}",
             f"precision {precision}: {precision_reason}",
             f"compile {'on' if compiled else 'off'}: {compile_reason}",
+            f"cuda_graph {'on' if graphed else 'off'}: {graph_reason}",
             *dict.fromkeys(f"backend {choice.name}: {choice.reason}" for choice in (attention, cross_entropy)),
         ),
     )
@@ -121,3 +125,16 @@ def _compile(wanted: str, device: torch.device) -> tuple[bool, str]:
     if device.type == "cuda":
         return True, "it fuses the small operations around the kernels"
     return False, "on a CPU compiling takes longer than short runs gain"
+
+
+def _cuda_graph(config: TrainConfig, device: torch.device) -> tuple[bool, str]:
+    why_not = None
+    if device.type != "cuda":
+        why_not = "only a CUDA GPU has graphs"
+    elif config.optimizer.kind != "adamw":
+        why_not = f"{config.optimizer.kind} takes its learning rate from the host"
+    if config.cuda_graph == "always" and why_not is not None:
+        raise ConfigError(f"cuda_graph always was asked for, but {why_not}; use auto")
+    if config.cuda_graph != "auto":
+        return config.cuda_graph == "always", "asked for"
+    return why_not is None, why_not or "a whole step is one launch, so the GPU does not wait for the host"

@@ -105,7 +105,11 @@ def set_learning_rate(optimizers: list[torch.optim.Optimizer], scale: float) -> 
     """Set every group to `scale` times its peak."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * scale
+            value = group["peak_lr"] * scale
+            if isinstance(group["lr"], torch.Tensor):  # a CUDA graph reads it there
+                group["lr"].fill_(value)
+            else:
+                group["lr"] = value
 
 
 def learning_rate_scale(config: ScheduleConfig, step: int, progress: float) -> float:

@@ -49,6 +49,7 @@ class Run:
             "device": runtime.device.type,
             "precision": runtime.precision,
             "compile": runtime.compile,
+            "cuda_graph": runtime.cuda_graph,
             "backend": runtime.backend,
         }
         given = {"seed": self.seed, "data": self.splits.fingerprint}

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from chargpt.config import TrainConfig
-from chargpt.data import BatchSource
+from chargpt.data import BatchStream
 from chargpt.models import LanguageModel
 from chargpt.runtime import Runtime
 from chargpt.training.distillation import distillation_loss
@@ -21,7 +21,7 @@ from chargpt.training.state import State
 def training_step(
     model: LanguageModel,
     optimizers: Sequence[torch.optim.Optimizer],
-    batches: BatchSource,
+    batches: BatchStream,
     config: TrainConfig,
     runtime: Runtime,
     teacher: LanguageModel | None = None,

@@ -10,6 +10,7 @@ import math
 import os
 import typing
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
@@ -21,6 +22,7 @@ from chargpt.evaluation import full_loss
 from chargpt.models import Model
 from chargpt.runtime import available_memory, resolve_runtime
 from chargpt.training.events import Ended, Evaluated, Event, Point, Saved, Saving, Started, Stepped, Subscriber
+from chargpt.training.graph import GraphedStep
 from chargpt.training.memory import require_memory
 from chargpt.training.optim import set_learning_rate
 from chargpt.training.state import Run, load_state_tensors, new_state, state_tensors
@@ -54,6 +56,8 @@ class Trainer:
         self._subscribers = subscribers
         state, config = self.state, self.run.config
         model = typing.cast(Model, torch.compile(state.model)) if self.runtime.compile else state.model
+        parts = (model, state.optimizers, state.batches, config, self.runtime, state.teacher)
+        step = GraphedStep(*parts) if self.runtime.cuda_graph else partial(training_step, *parts)
         state.model.train()
         self._tell(Started(state.step, config.max_steps))
         if state.history:
@@ -63,7 +67,7 @@ class Trainer:
         asked = None
         while not (state.step >= config.max_steps or patience_lost(state, config) or asked):
             set_learning_rate(state.optimizers, current_learning_rate_scale(state.step, config))
-            loss, norm = training_step(model, state.optimizers, state.batches, config, self.runtime, state.teacher)
+            loss, norm = step()
             if state.average is not None:
                 state.average.update_parameters(state.model)
             state.losses.append(loss)
@@ -97,7 +101,7 @@ class Trainer:
         metrics = {
             "train/loss": loss,
             "train/grad_norm": norm,
-            "train/learning_rate": state.optimizers[0].param_groups[0]["lr"],
+            "train/learning_rate": float(state.optimizers[0].param_groups[0]["lr"]),
             "train/tokens": float(state.step * per_step),
         }
         state.history.append(Point(state.step, metrics))

@@ -93,15 +93,16 @@ inline AttentionShape shape_of(const Tensor& q, const Tensor& k) {
   return {.B = q.size(0), .H = q.size(1), .H_kv = k.size(1), .T = q.size(2), .S = k.size(2), .D = q.size(3)};
 }
 
-// The seed lies on the CPU, so reading it waits for no GPU.
+// A seed on the CPU is read here, one on a GPU by the kernels: nothing waits.
 inline AttentionOptions attention_options(double scale, double dropout_p, std::optional<int64_t> window,
                                           const std::optional<Tensor>& seed) {
-  const bool dropout = seed.has_value() && seed->defined();
+  const bool dropout = seed.has_value() && seed->defined(), here = dropout && seed->is_cpu();
   return {.scale = scale,
           .window = window.value_or(0),
           .dropout = dropout,
           .dropout_p = dropout_p,
-          .seed = dropout ? static_cast<uint64_t>(seed->item<int64_t>()) : 0};
+          .seed = here ? static_cast<uint64_t>(seed->item<int64_t>()) : 0,
+          .device_seed = dropout && !here ? seed->const_data_ptr<int64_t>() : nullptr};
 }
 
 // ------------------------------------------------------------------------------------------------------ cross-entropy

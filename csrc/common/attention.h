@@ -29,9 +29,10 @@ inline constexpr int64_t kMaxHeadSize = 256;
 struct AttentionOptions {
   double scale = 1.0;      // factor on q·k
   int64_t window = 0;      // each query sees only its last `window` keys, itself included; 0: all
-  bool dropout = false;    // the two fields below count only where this is true
-  double dropout_p = 0.0;  // in [0, 1)
+  bool dropout = false;    // the fields below count only where this is true
+  double dropout_p = 0.0;  // in [0, 1), a multiple of 2^-16
   uint64_t seed = 0;       // the int64 seed of philox.dropout_keep_mask, reinterpreted
+  const int64_t* device_seed = nullptr;  // where the seed is instead, if it lies on a GPU
 };
 
 }  // namespace chargpt

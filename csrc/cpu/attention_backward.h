@@ -11,7 +11,7 @@ struct BackwardScratch {
   typename N::Acc *s, *dp, *dq;                              // (64, 64), (64, 64), (64, columns)
   typename N::Word *p_paired, *ds_paired, *ds_rows;          // P and dS as operands; for kPair = 1 these are s and dp
   typename N::Acc *lse, *dlse, *delta;                       // (64)
-  uint32_t* words;                                           // random words of four rows
+  uint32_t* halves;                                          // random halves of words, of four rows
 
   BackwardScratch(Arena& arena, const AttentionShape& shape, const Layout<N>& layout, bool split) {
     using Word = typename N::Word;
@@ -41,7 +41,7 @@ struct BackwardScratch {
     lse = arena.take<Acc>(kTile);
     dlse = arena.take<Acc>(kTile);
     delta = arena.take<Acc>(kTile);
-    words = arena.take<uint32_t>(kStrip * kTile);
+    halves = arena.take<uint32_t>(kStrip * kTile);
   }
 };
 
@@ -54,9 +54,9 @@ void weights_tile(const BackwardCall& call, const BackwardScratch<N>& scratch, c
   for (int r = 0; r < rows; r += kStrip) {
     const Strip seen(call.shape, call.options, q0 + r, rows - r, k0, kTile);
     for (int i = 0; dropout.on && i < kStrip && r + i < rows; ++i) {
-      random_words(call.options.seed, static_cast<uint32_t>(bh),
+      random_halves(call.options.seed, static_cast<uint32_t>(bh),
                    static_cast<uint32_t>(call.shape.S - call.shape.T + q0 + r + i), static_cast<uint32_t>(k0),
-                   seen.high[i], scratch.words + i * kTile);
+                   seen.high[i], scratch.halves + i * kTile);
     }
     for (int j = 0; j < kTile; j += kW) {
       const bool crosses = seen.crosses(j, kW), used = j < seen.outer_high;
@@ -68,9 +68,9 @@ void weights_tile(const BackwardCall& call, const BackwardScratch<N>& scratch, c
         const int at = (r + i) * kTile + j;
         p[i] = exponential_for<N>(load<Acc>(scratch.s + at) - scratch.lse[r + i]);
         Vec<Acc> dp = load<Acc>(scratch.dp + at);
-        if (dropout.on) dp = drop<Acc>(dp, scratch.words + i * kTile + j, dropout.threshold);
+        if (dropout.on) dp = drop<Acc>(dp, scratch.halves + i * kTile + j, dropout.threshold);
         ds[i] = p[i] * (dp - scratch.delta[r + i] + scratch.dlse[r + i]);  // d lse / d S is P
-        if (dropout.on) p[i] = drop<Acc>(p[i], scratch.words + i * kTile + j, dropout.threshold);
+        if (dropout.on) p[i] = drop<Acc>(p[i], scratch.halves + i * kTile + j, dropout.threshold);
         if (crosses) {
           p[i] = within<Acc>(p[i], j, seen.low[i], seen.high[i], Vec<Acc>{});
           ds[i] = within<Acc>(ds[i], j, seen.low[i], seen.high[i], Vec<Acc>{});

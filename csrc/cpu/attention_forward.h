@@ -8,7 +8,7 @@ struct ForwardScratch {
   uint8_t* packed;              // which tiles of k and v are
   typename N::Acc *s, *o;       // (64, 256), (64, columns)
   typename N::Acc *m, *l;       // (64)
-  uint32_t* words;              // random words of four rows
+  uint32_t* halves;             // random halves of words, of four rows
 
   ForwardScratch(Arena& arena, const AttentionShape& shape, const Layout<N>& layout) {
     const int64_t tiles = (shape.S + kTile - 1) / kTile;
@@ -20,7 +20,7 @@ struct ForwardScratch {
     o = arena.take<typename N::Acc>(int64_t{kTile} * layout.columns);
     m = arena.take<typename N::Acc>(kTile);
     l = arena.take<typename N::Acc>(kTile);
-    words = arena.take<uint32_t>(kStrip * kChunk);
+    halves = arena.take<uint32_t>(kStrip * kChunk);
   }
 };
 
@@ -62,7 +62,7 @@ CHARGPT_INLINE Vec<typename N::Acc> exponential_for(Vec<typename N::Acc> x) {
 // Four rows of S become P = exp(S - m), in the layout that P V reads; keys that a query does not see get 0, up to the
 // last vector that any of the four needs. shrink = exp(m_old - m) is the factor on what was summed before.
 template <class N>
-CHARGPT_INLINE void softmax_strip(typename N::Acc* s, const Strip& seen, const uint32_t* words, uint32_t threshold,
+CHARGPT_INLINE void softmax_strip(typename N::Acc* s, const Strip& seen, const uint32_t* halves, uint32_t threshold,
                                   typename N::Acc* m, typename N::Acc* l, typename N::Acc* shrink) {
   using Acc = typename N::Acc;
   constexpr int kW = kLanes<Acc>;
@@ -99,7 +99,7 @@ CHARGPT_INLINE void softmax_strip(typename N::Acc* s, const Strip& seen, const u
         p = exponential_for<N>(load<Acc>(row + j) - highest[r]);
         if (crosses) p = within<Acc>(p, j, seen.low[r], seen.high[r], Vec<Acc>{});
         sum[r] += p;
-        if (words != nullptr) p = drop<Acc>(p, words + r * kChunk + j, threshold);
+        if (halves != nullptr) p = drop<Acc>(p, halves + r * kChunk + j, threshold);
       }
       if constexpr (N::kPair == 2) {
         store_half(reinterpret_cast<uint16_t*>(row) + j, narrow(p), kW);  // behind what is still to be read
@@ -167,9 +167,9 @@ void forward_block(const ForwardCall& call, const Layout<N>& layout, const Forwa
     for (int r = 0; r < rows; r += kStrip) {
       const Strip seen(shape, call.options, q0 + r, rows - r, chunk, keys);
       for (int i = 0; dropout.on && i < kStrip && r + i < rows; ++i) {
-        random_words(call.options.seed, static_cast<uint32_t>(b * shape.H + h),
+        random_halves(call.options.seed, static_cast<uint32_t>(b * shape.H + h),
                      static_cast<uint32_t>(shape.S - shape.T + q0 + r + i), static_cast<uint32_t>(chunk), seen.high[i],
-                     scratch.words + i * kChunk);
+                     scratch.halves + i * kChunk);
       }
       if (chunk == first) {
         const int64_t t = shape.S - shape.T + q0 + r;
@@ -177,7 +177,7 @@ void forward_block(const ForwardCall& call, const Layout<N>& layout, const Forwa
         prefetch_rows<N>(call.v, shape.D, next_head / shape.H_kv, next_head % shape.H_kv, t, kStrip);
       }
       Acc shrink[kStrip];
-      softmax_strip<N>(scratch.s + r * kChunkPitch, seen, dropout.on ? scratch.words : nullptr, dropout.threshold,
+      softmax_strip<N>(scratch.s + r * kChunkPitch, seen, dropout.on ? scratch.halves : nullptr, dropout.threshold,
                        scratch.m + r, scratch.l + r, shrink);
       if (chunk == first) continue;
       for (int i = 0; i < kStrip; ++i) {

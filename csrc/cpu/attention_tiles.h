@@ -322,23 +322,23 @@ struct Block {
 
 struct Dropout {
   bool on;
-  uint32_t threshold;  // weights with a smaller random word are dropped
+  uint32_t threshold;  // weights with fewer random 16 bits are dropped
   double grow;         // factor on the others
 
   explicit Dropout(const AttentionOptions& options)
       : on(options.dropout),
-        threshold(options.dropout ? static_cast<uint32_t>(std::floor(options.dropout_p * 4294967296.0)) : 0),
+        threshold(options.dropout ? static_cast<uint32_t>(std::floor(options.dropout_p * kDropoutUnit)) : 0),
         grow(options.dropout ? 1.0 / (1.0 - options.dropout_p) : 1.0) {}
 };
 
-// x where the random word says keep, else 0
+// x where the random halves say keep, else 0
 template <class Acc>
-CHARGPT_INLINE Vec<Acc> drop(Vec<Acc> x, const uint32_t* words, uint32_t threshold) {
+CHARGPT_INLINE Vec<Acc> drop(Vec<Acc> x, const uint32_t* halves, uint32_t threshold) {
   if constexpr (sizeof(Acc) == 4) {
-    return load<uint32_t>(words) >= threshold ? x : Vec<Acc>{};
+    return load<uint32_t>(halves) >= threshold ? x : Vec<Acc>{};
   } else {
     Vec<uint64_t> wide;
-    for (int i = 0; i < kLanes<Acc>; ++i) wide[i] = words[i];
+    for (int i = 0; i < kLanes<Acc>; ++i) wide[i] = halves[i];
     return wide >= threshold ? x : Vec<Acc>{};
   }
 }

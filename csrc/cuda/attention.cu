@@ -37,7 +37,7 @@ Problem problem_of(DType dtype, const AttentionShape& shape, const AttentionOpti
   problem.window = static_cast<int>(options.window > 0 && options.window < shape.S ? options.window : shape.S);
   problem.scale = static_cast<float>(options.scale);
   problem.scale_log2 = static_cast<float>(options.scale * 1.4426950408889634);
-  if (options.dropout) problem.dropout = Dropout(options.dropout_p, options.seed);
+  if (options.dropout) problem.dropout = Dropout(options.dropout_p, options.seed, options.device_seed);
   problem.vectors = shape.D * element % 16 == 0;
   for (const View& x : read) problem.vectors = problem.vectors && aligned(x, element, 16);
   problem.pairs = shape.D % 2 == 0;

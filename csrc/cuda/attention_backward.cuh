@@ -20,38 +20,43 @@
 
 namespace chargpt::cuda {
 
-// What fits. dk_dv has two accumulators and dq one, beside S and dP, so their strips differ. (Reasoned, not measured:
-// two 16-row blocks a strip as far as registers allow, for the reason given in attention_forward.cuh.)
+// What fits. Strips of 16 rows, and as many blocks on a multiprocessor as registers allow: on an H100 that was 4 to 15 %
+// faster at D = 64 under dropout than strips of 32 queries in two blocks, though they read K and V half as often; without
+// dropout as fast (docs/kernels.md).
 template <int D>
 struct DkDvConfig {
-  static constexpr int kM = D <= 32 ? 2 : 1;         // 16-row blocks of a strip
-  static constexpr bool kHeld = D <= 96;             // K and V in registers
+  static constexpr int kM = 1;                       // 16-row blocks of a strip
+  static constexpr bool kHeld = D < 64 || D == 96;   // K and V in registers; at D = 64 a third block needs their place
   static constexpr int kWarps = D <= 128 ? 4 : 2, kThreads = 32 * kWarps;
   static constexpr int kTile = D <= 64 ? 64 : 32;    // queries of a tile
   static constexpr int kStep = D <= 128 ? 32 : 16;   // and those of them that are worked on together
   static constexpr bool kTogether = D <= 128;        // dK and dV in one go; else a launch for each
-  static constexpr int kBlocks = D <= 16 ? 3 : 2;    // on a multiprocessor, as far as registers allow
+  static constexpr int kBlocks = D <= 16 ? 4 : D <= 64 ? 3 : 2;  // on a multiprocessor, as far as registers allow
 };
 // dk_dv, D                          16    32    64    96   128   256
-//   shared KiB per block            17    33    49  48.5  64.5  96.5
-//   registers, sm_80 / sm_90a  158/157 211/214 189/190 244/247 247/251 243/244
-// budget: attention_backward_dk_dv<16, registers<=168 shared<=0
+//   shared KiB per block            13    25    49  48.5  64.5  96.5
+//   registers, sm_80 / sm_90a  118/127 148/158 168/168 251/255 255/255 255/255
+// budget: attention_backward_dk_dv<16, registers<=128 shared<=0
+// budget: attention_backward_dk_dv<32, registers<=168 shared<=0
+// budget: attention_backward_dk_dv<64, registers<=168 shared<=0
 // budget: attention_backward_dk_dv registers<=255 shared<=0
 
 template <int D>
 struct DqConfig {
-  static constexpr int kM = D <= 64 ? 2 : 1;
+  static constexpr int kM = 1;                       // as above
   static constexpr bool kHeld = D <= 128;            // Q and dO in registers
   static constexpr int kWarps = D <= 128 ? 4 : 2, kThreads = 32 * kWarps;
   static constexpr int kTile = D <= 64 ? 64 : 32;    // keys of a tile
-  static constexpr int kStep = D == 64 || D == 256 ? 16 : 32;  // and those of them that are worked on together
-  static constexpr int kBlocks = D <= 32 ? 3 : 2;    // on a multiprocessor, as far as registers allow
+  static constexpr int kStep = D == 256 ? 16 : 32;   // and those of them that are worked on together
+  static constexpr int kBlocks = D <= 16 ? 4 : D <= 64 ? 3 : 2;  // on a multiprocessor, as far as registers allow
+  static constexpr int kRoundsTogether = D <= 128 ? kPhiloxRounds : 1;  // of Philox; all take 14 registers for keys
 };
 // dq, D                             16    32    64    96   128   256
-//   shared KiB per block            16    32    64    48    64    96
-//   registers, sm_80 / sm_90a  148/152 164/166 220/226 203/209 236/240 254/254
-// budget: attention_backward_dq<16, registers<=168 shared<=0
+//   shared KiB per block            12    24    48    48    64    96
+//   registers, sm_80 / sm_90a  107/113 124/131 159/161 200/213 227/240 254/254
+// budget: attention_backward_dq<16, registers<=128 shared<=0
 // budget: attention_backward_dq<32, registers<=168 shared<=0
+// budget: attention_backward_dq<64, registers<=168 shared<=0
 // budget: attention_backward_dq registers<=255 shared<=0
 
 template <class Element, int D, class Config>
@@ -108,43 +113,56 @@ struct DqStrip {
   __device__ void add(Tile<Element, D> k, Tile<Element, D> v, int base, int begin, int end) {
     const int low = problem.position(first), high = low + kRows - 1;
     for (int key = begin; key < end; key += kStep) {
-      const bool all_see = key + kStep - 1 <= low && key > high - problem.window;
-      if (all_see && !problem.dropout.on) {
-        step<false>(k.from(key - base), v.from(key - base), key);
+      const bool edge = key + kStep - 1 > low || key <= high - problem.window;
+      if (edge || problem.dropout.on) {
+        step<true>(k.from(key - base), v.from(key - base), key, edge);
       } else {
-        step<true>(k.from(key - base), v.from(key - base), key);
+        step<false>(k.from(key - base), v.from(key - base), key, edge);
       }
     }
   }
 
+  // edge: whether some query does not see some key
   template <bool kCareful>
-  __device__ void step(Tile<Element, D> k, Tile<Element, D> v, int key) {
+  __device__ void step(Tile<Element, D> k, Tile<Element, D> v, int key, bool edge) {
     Accumulators<kM, kStep> s, dp;
     multiply_transposed(s, q, k);
     multiply_transposed(dp, dout, v);
+    if constexpr (kCareful) {
+      if (problem.dropout.on) drop(dp, key);
+    }
 #pragma unroll
     for (int i = 0; i < kM; ++i) {
 #pragma unroll
       for (int n = 0; n < kStep / 8; ++n) {
-        if constexpr (kCareful) {
-          if (problem.dropout.on) drop(dp[i][n], 16 * i, key + 8 * n);
-        }
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           const float p = probability(problem, s[i][n][e], lse_log2[i][e / 2]);
           s[i][n][e] = p * (dp[i][n][e] - delta[i][e / 2]);
         }
-        if constexpr (kCareful) hide(s[i][n], 16 * i, key + 8 * n);
+        if constexpr (kCareful) {
+          if (edge) hide(s[i][n], 16 * i, key + 8 * n);
+        }
       }
     }
     multiply_add(dq, s, k);
   }
 
-  __device__ void drop(float (&dp)[4], int row, int key) const {
-    bool keep[4];
-    keep_by_query(keep, problem.dropout, batch_head, problem.position(first + row), key);
+  __device__ void drop(Accumulators<kM, kStep>& dp, int key) const {
 #pragma unroll
-    for (int e = 0; e < 4; ++e) dp[e] = keep[e] ? dp[e] * problem.dropout.grow : 0;
+    for (int i = 0; i < kM; ++i) {
+#pragma unroll
+      for (int n = 0; n < kStep / 8; n += 2) {
+        bool keep[2][4];
+        keep_by_query<Config::kRoundsTogether>(keep, problem.dropout, batch_head, problem.position(first + 16 * i),
+                                               key + 8 * n);
+#pragma unroll
+        for (int e = 0; e < 8; ++e) {
+          float& x = dp[i][n + e / 4][e % 4];
+          x = keep[e / 4][e % 4] ? x * problem.dropout.grow : 0;
+        }
+      }
+    }
   }
 
   // Sets a 16 x 8 block of dS to 0 where the query does not see the key.
@@ -171,7 +189,7 @@ __global__ void __launch_bounds__(DqConfig<D>::kThreads, DqConfig<D>::kBlocks) a
   using Config = DqConfig<D>;
   constexpr int kStrip = 16 * Config::kM, kQueries = Config::kWarps * kStrip, kKeys = Config::kTile;
   constexpr int kThreads = Config::kThreads;
-  const Problem& problem = call.problem;
+  const Problem problem = call.problem.begin();
   const int blocks = ceil_div(problem.T, kQueries);
   const Block block(problem.heads, blocks);
   const int first = (blocks - 1 - block.index) * kQueries;  // the heaviest first
@@ -245,21 +263,22 @@ struct DkDvStrip {
                       int base, int begin, int end) {
     for (int query = begin; query < end; query += kStep) {
       const int low = problem.position(query), high = low + kStep - 1, at = query - base;
-      const bool all_see = first + kRows - 1 <= low && first > high - problem.window;
-      if (all_see && !problem.dropout.on) {
-        step<false>(batch_head, q.from(at), dout.from(at), lse + at, delta + at, low);
+      const bool edge = first + kRows - 1 > low || first <= high - problem.window;
+      if (edge || problem.dropout.on) {
+        step<true>(batch_head, q.from(at), dout.from(at), lse + at, delta + at, low, edge);
       } else {
-        step<true>(batch_head, q.from(at), dout.from(at), lse + at, delta + at, low);
+        step<false>(batch_head, q.from(at), dout.from(at), lse + at, delta + at, low, edge);
       }
     }
   }
 
   template <bool kCareful>
   __device__ void step(int batch_head, Tile<Element, D> q, Tile<Element, D> dout, const float* lse, const float* delta,
-                       int position) {
+                       int position, bool edge) {
     Accumulators<kM, kStep> s, dp;
     multiply_transposed(s, k, q);
     if constexpr (kDk) multiply_transposed(dp, v, dout);
+    bool keep[kM][2][4];  // of two blocks
 #pragma unroll
     for (int n = 0; n < kStep / 8; ++n) {
       const int column = 8 * n + lane_id() % 4 * 2;
@@ -268,21 +287,21 @@ struct DkDvStrip {
       const float lse_log2[2] = {lse_pair.x * kLog2E, lse_pair.y * kLog2E}, deltas[2] = {delta_pair.x, delta_pair.y};
 #pragma unroll
       for (int i = 0; i < kM; ++i) {
-        bool keep[4] = {true, true, true, true};
-        if constexpr (kCareful) {
+        if (kCareful && n % 2 == 0) {
           if (problem.dropout.on) {
-            keep_by_key(keep, problem.dropout, batch_head, position + 8 * n, first + 16 * i);
+            keep_by_key(keep[i], problem.dropout, batch_head, position + 8 * n, first + 16 * i);
           }
         }
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
+          const bool kept = !kCareful || !problem.dropout.on || keep[i][n % 2][e];
           float p = probability(problem, s[i][n][e], lse_log2[e % 2]);
           if constexpr (kCareful) {
             const int distance = position + column + e % 2 - (first + 16 * i + lane_id() / 4 + e / 2 * 8);
-            if (distance < 0 || distance >= problem.window) p = 0;
+            if (edge && (distance < 0 || distance >= problem.window)) p = 0;
           }
-          s[i][n][e] = keep[e] ? p : 0;
-          if constexpr (kDk) dp[i][n][e] = p * ((keep[e] ? dp[i][n][e] * problem.dropout.grow : 0) - deltas[e % 2]);
+          s[i][n][e] = kept ? p : 0;
+          if constexpr (kDk) dp[i][n][e] = p * ((kept ? dp[i][n][e] * problem.dropout.grow : 0) - deltas[e % 2]);
         }
       }
     }
@@ -307,7 +326,7 @@ __global__ void __launch_bounds__(DkDvConfig<D>::kThreads, DkDvConfig<D>::kBlock
   using Config = DkDvConfig<D>;
   constexpr int kStrip = 16 * Config::kM, kKeys = Config::kWarps * kStrip, kQueries = Config::kTile;
   constexpr int kThreads = Config::kThreads;
-  const Problem& problem = call.problem;
+  const Problem problem = call.problem.begin();
   const Block block(problem.heads_kv, ceil_div(problem.S, kKeys));  // the heaviest come first
   const int first = block.index * kKeys, own = warp_id() * kStrip;
   DkDvStrip<Element, D, kDk, kDv> strip(problem, first + own);

@@ -55,7 +55,7 @@ template <int D>
 __global__ void __launch_bounds__(Float32Config<D>::kThreads, 1) attention_forward_float32(ForwardCall call) {
   using Config = Float32Config<D>;
   constexpr int kTile = Config::kTile;
-  const Problem& problem = call.problem;
+  const Problem problem = call.problem.begin();
   const Place<D> place;
   const int blocks = ceil_div(problem.T, kTile);
   const Block block(problem.heads, blocks);
@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(Float32Config<D>::kThreads, 1) attention_forwa
 template <int D>
 __device__ inline void gradients(Square& s, Square& dp, const BackwardCall& call, int batch_head, int query, int key) {
   constexpr int kTile = Float32Config<D>::kTile;
-  const Problem& problem = call.problem;
+  const Problem problem = call.problem.begin();
   const Place<D> place;
   const bool edge = !all_see(problem, query, key, kTile);
 #pragma unroll
@@ -158,7 +158,7 @@ template <int D>
 __global__ void __launch_bounds__(Float32Config<D>::kThreads, 1) attention_backward_dq_float32(BackwardCall call) {
   using Config = Float32Config<D>;
   constexpr int kTile = Config::kTile;
-  const Problem& problem = call.problem;
+  const Problem problem = call.problem.begin();
   const int blocks = ceil_div(problem.T, kTile);
   const Block block(problem.heads, blocks);
   const int first = (blocks - 1 - block.index) * kTile;  // the heaviest first
@@ -198,7 +198,7 @@ template <int D, bool kDk, bool kDv>
 __global__ void __launch_bounds__(Float32Config<D>::kThreads, 1) attention_backward_dk_dv_float32(BackwardCall call) {
   using Config = Float32Config<D>;
   constexpr int kTile = Config::kTile;
-  const Problem& problem = call.problem;
+  const Problem problem = call.problem.begin();
   const Block block(problem.heads_kv, ceil_div(problem.S, kTile));  // the heaviest come first
   const int first = block.index * kTile;
 

@@ -256,12 +256,17 @@ __device__ inline bool all_see(const Problem& problem, int query, int key, int c
   return sees(problem, query, key + count - 1) && sees(problem, query + count - 1, key);
 }
 
-// Which of this thread's keys of a query survive dropout.
+// Which of this thread's four keys of a query survive dropout; the first of them is `key`, a multiple of 4.
 __device__ inline void keep_keys(bool (&keep)[4], const Problem& problem, int batch_head, int query, int key) {
   uint32_t word[4];
-  random_words(word, problem.dropout, key / 4, problem.position(query), batch_head);
+  random_words<1>(word, problem.dropout, key / 8, problem.position(query), batch_head);
+  const bool second = key / 4 % 2 == 1;
 #pragma unroll
-  for (int j = 0; j < 4; ++j) keep[j] = word[j] >= problem.dropout.threshold;
+  for (int j = 0; j < 2; ++j) {
+    const uint32_t mine = second ? word[2 + j] : word[j];
+    keep[2 * j] = problem.dropout.keeps_low(mine);
+    keep[2 * j + 1] = problem.dropout.keeps_high(mine);
+  }
 }
 
 }  // namespace chargpt::cuda

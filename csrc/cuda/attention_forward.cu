@@ -30,7 +30,7 @@ cudaError_t forward(const ForwardCall& call, cudaStream_t stream) {
   if constexpr (D <= kResidentHeadSize) {
     static_assert(Memory::resident(kResidentKeys, kResidentWarps) <= kSharedBytesSm80);
     // Two strips for each warp, a heavy one and a light one
-    const int warps = std::min(kResidentWarps, ceil_div(problem.T, 2 * Config::kStrip));
+    const int warps = std::min(kResidentWarps, ceil_div(problem.T, 2 * kResidentStrip));
     const int shared_bytes = Memory::resident(problem.S, warps);
     bool better = false;
     const cudaError_t error = resident_is_better(problem, shared_bytes, better);

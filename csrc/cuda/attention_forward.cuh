@@ -5,17 +5,18 @@
 //              l, and lse = (m + log2 l) · ln 2. S, P and O live in registers: accumulators of S are left operands for
 //              P V.
 //   careful    Keys that some query of the strip does not see, and all keys under dropout, are done 32 at a time by a
-//              variant of the step that compares positions; other keys by one that does not. Keys nobody sees are
-//              skipped.
+//              variant of the step that compares positions, or drops weights; other keys by one that does neither. Keys
+//              nobody sees are skipped.
 //   resident   For few keys and many heads. A block owns a head: K and V are read once and stay in shared memory. The
 //              n strips are shared out so that the warp with the heaviest strip, the last, also has the lightest, the
 //              first: strip n - 1 - w and strip w. Warps need no barrier but one: K and V arrive in two halves, and
 //              while the second half is on its way all warps do the same work, their heaviest strip on the first half.
+//              Strips of 16 rows, for as many warps as can be: what it waits for is latency (measured, docs/kernels.md).
 //   streaming  For all else. A block owns 4 strips and walks over tiles of K and V with two buffers: while one tile is
 //              used, the next one arrives.
 //
-// Shared memory, 16-bit elements. resident: 2 · S · D for K and V, 32 · D for each warp's Q: at S = 256, D = 64, 4
-// warps 80 KiB, two blocks per H100 multiprocessor; at S = 512, D = 64, 8 warps 160 KiB, one. streaming: see
+// Shared memory, 16-bit elements. resident: 2 · S · D for K and V, 16 · D for each warp's Q: at S = 256, D = 64, 8
+// warps 80 KiB, two blocks per H100 multiprocessor; at S = 512, D = 64, 16 warps 160 KiB, one. streaming: see
 // ForwardConfig.
 
 #pragma once
@@ -25,32 +26,34 @@
 namespace chargpt::cuda {
 
 // What fits. A strip of 32 queries reads each K and V fragment for two products instead of one, which relieves shared
-// memory, the bottleneck of mma.sync (reasoned, not measured); from D = 96 on, O alone would fill the registers.
+// memory; from D = 96 on, O alone would fill the registers.
 template <int D>
 struct ForwardConfig {
-  static constexpr int kM = D <= 64 ? 2 : 1;        // 16-row blocks of a strip
+  static constexpr int kM = D <= 64 ? 2 : 1;        // 16-row blocks of a strip of `streaming`
   static constexpr int kStrip = 16 * kM;
   static constexpr int kKeys = D <= 128 ? 64 : 32;  // of a step, and of a tile of `streaming`
   static constexpr bool kHeld = D <= 128;           // Q in registers
   static constexpr int kWarps = 4, kThreads = 32 * kWarps;  // of `streaming`
   static constexpr int kBlocks = D <= 16 ? 3 : 2;   // of `streaming` on a multiprocessor, as far as registers allow
+  static constexpr int kRoundsTogether = D == 32 ? 1 : kPhiloxRounds;  // of Philox; with all, sm_80 spilled at D = 32
 };
 // `streaming`, D                    16    32    64    96   128   256
 //   shared KiB per block            12    24    48    60    80    96
-//   registers, sm_80 / sm_90a  151/157 174/181 237/247 173/186 205/204 249/250
+//   registers, sm_80 / sm_90a  165/161 185/186 240/254 176/180 205/209 255/254
 // What ptxas reports must stay in these; shared memory beside the dynamic one is 0:
 // budget: attention_forward_streaming<16, registers<=168 shared<=0
 // budget: attention_forward_streaming registers<=255 shared<=0
-// budget: attention_forward_resident registers<=255 shared<=0
+// budget: attention_forward_resident registers<=128 shared<=0
 inline constexpr int kCarefulKeys = 32;
-inline constexpr int kResidentWarps = 8;     // at most
+inline constexpr int kResidentStrip = 16;
+inline constexpr int kResidentWarps = 16;    // at most
 inline constexpr int kResidentKeys = 512;    // at most
 inline constexpr int kResidentHeadSize = 64; // at most
 
-template <class Element, int D>
+template <class Element, int D, int kM>
 struct ForwardStrip {
   using Config = ForwardConfig<D>;
-  static constexpr int kM = Config::kM;
+  static constexpr int kRows = 16 * kM;
 
   const Problem& problem;
   int batch_head, first;  // the strip's first query
@@ -78,26 +81,28 @@ struct ForwardStrip {
     return max(0, problem.position(first) - problem.window + 1) / kCarefulKeys * kCarefulKeys;
   }
   __device__ int end_key() const {
-    return first < problem.T ? round_up(problem.position(min(first + Config::kStrip, problem.T)), kCarefulKeys) : 0;
+    return first < problem.T ? round_up(problem.position(min(first + kRows, problem.T)), kCarefulKeys) : 0;
   }
 
   // To the keys in [begin, end), multiples of kCarefulKeys; the first row of the tiles is key `base`.
   __device__ void attend(Tile<Element, D> k, Tile<Element, D> v, int base, int begin, int end) {
-    const int low = problem.position(first), high = low + Config::kStrip - 1;
+    const int low = problem.position(first), high = low + kRows - 1;
     for (int key = begin; key < end;) {
       const bool all_see = key + Config::kKeys - 1 <= low && key > high - problem.window;
       if (all_see && key + Config::kKeys <= end && !problem.dropout.on) {
-        step<Config::kKeys, false>(k.from(key - base), v.from(key - base), key);
+        step<Config::kKeys, false>(k.from(key - base), v.from(key - base), key, false);
         key += Config::kKeys;
       } else {
-        step<kCarefulKeys, true>(k.from(key - base), v.from(key - base), key);
+        const bool edge = key + kCarefulKeys - 1 > low || key <= high - problem.window;
+        step<kCarefulKeys, true>(k.from(key - base), v.from(key - base), key, edge);
         key += kCarefulKeys;
       }
     }
   }
 
+  // edge: whether some query does not see some key
   template <int kKeys, bool kCareful>
-  __device__ void step(Tile<Element, D> k, Tile<Element, D> v, int key) {
+  __device__ void step(Tile<Element, D> k, Tile<Element, D> v, int key, bool edge) {
     Accumulators<kM, kKeys> s;
     multiply_transposed(s, q, k);
 #pragma unroll
@@ -108,7 +113,9 @@ struct ForwardStrip {
         for (int e = 0; e < 4; ++e) s[i][n][e] *= problem.scale_log2;
       }
     }
-    if constexpr (kCareful) hide(s, key);
+    if constexpr (kCareful) {
+      if (edge) hide(s, key);
+    }
 #pragma unroll
     for (int i = 0; i < kM; ++i) {
 #pragma unroll
@@ -173,11 +180,12 @@ struct ForwardStrip {
 #pragma unroll
     for (int i = 0; i < kM; ++i) {
 #pragma unroll
-      for (int n = 0; n < kBlocks; ++n) {
-        bool keep[4];
-        keep_by_query(keep, problem.dropout, batch_head, problem.position(first) + 16 * i, key + 8 * n);
+      for (int n = 0; n < kBlocks; n += 2) {
+        bool keep[2][4];
+        keep_by_query<Config::kRoundsTogether>(keep, problem.dropout, batch_head, problem.position(first) + 16 * i,
+                                               key + 8 * n);
 #pragma unroll
-        for (int e = 0; e < 4; ++e) p[i][n][e] = keep[e] ? p[i][n][e] : 0;
+        for (int e = 0; e < 8; ++e) p[i][n + e / 4][e % 4] = keep[e / 4][e % 4] ? p[i][n + e / 4][e % 4] : 0;
       }
     }
   }
@@ -206,7 +214,7 @@ struct ForwardMemory {
   using Tiles = Tile<Element, D>;
   static constexpr int kStreaming = Tiles::bytes(Config::kWarps * Config::kStrip) + 4 * Tiles::bytes(Config::kKeys);
   static constexpr int resident(int keys, int warps) {
-    return 2 * Tiles::bytes(round_up(keys, Config::kKeys)) + Tiles::bytes(warps * Config::kStrip);
+    return 2 * Tiles::bytes(round_up(keys, Config::kKeys)) + Tiles::bytes(warps * kResidentStrip);
   }
 };
 
@@ -215,7 +223,7 @@ __global__ void __launch_bounds__(ForwardConfig<D>::kThreads, ForwardConfig<D>::
     ForwardCall call) {
   using Config = ForwardConfig<D>;
   constexpr int kQueries = Config::kWarps * Config::kStrip, kKeys = Config::kKeys, kThreads = Config::kThreads;
-  const Problem& problem = call.problem;
+  const Problem problem = call.problem.begin();
   const int blocks = ceil_div(problem.T, kQueries);
   const Block block(problem.heads, blocks);
   const int first = (blocks - 1 - block.index) * kQueries;  // the heaviest first
@@ -237,7 +245,7 @@ __global__ void __launch_bounds__(ForwardConfig<D>::kThreads, ForwardConfig<D>::
   load_tile(problem, q_tile, rows_of<Element>(call.q, block.batch, block.head), first, kQueries, problem.T, threadIdx.x,
             kThreads);
   load_keys(begin);
-  ForwardStrip<Element, D> strip(problem);
+  ForwardStrip<Element, D, Config::kM> strip(problem);
   for (int tile = begin; tile < end; ++tile) {
     cp_async_wait<0>();
     __syncthreads();  // the tile is there, and the one before it is no longer needed
@@ -255,8 +263,8 @@ __global__ void __launch_bounds__(ForwardConfig<D>::kThreads, ForwardConfig<D>::
 template <int D, class Element>
 __global__ void __launch_bounds__(32 * kResidentWarps, 1) attention_forward_resident(ForwardCall call) {
   using Config = ForwardConfig<D>;
-  const Problem& problem = call.problem;
-  const int warps = blockDim.x / 32, strips = ceil_div(problem.T, Config::kStrip);
+  const Problem problem = call.problem.begin();
+  const int warps = blockDim.x / 32, strips = ceil_div(problem.T, kResidentStrip);
   const Block block(problem.heads, 1);
   const int head_kv = block.head / problem.group, batch_head = block.batch * problem.heads + block.head;
   const auto q = rows_of<Element>(call.q, block.batch, block.head);
@@ -264,7 +272,7 @@ __global__ void __launch_bounds__(32 * kResidentWarps, 1) attention_forward_resi
 
   const int keys = round_up(problem.S, Config::kKeys), half = round_up(keys / 2, kCarefulKeys);
   const Tile<Element, D> k_tile{reinterpret_cast<Element*>(dynamic_shared())}, v_tile = k_tile.from(keys);
-  const Tile<Element, D> q_tile = v_tile.from(keys + warp_id() * Config::kStrip);  // this warp's own
+  const Tile<Element, D> q_tile = v_tile.from(keys + warp_id() * kResidentStrip);  // this warp's own
   const auto load_keys = [&](int from, int to) {
     load_tile(problem, k_tile.from(from), k, from, to - from, problem.S, threadIdx.x, blockDim.x);
     load_tile(problem, v_tile.from(from), v, from, to - from, problem.S, threadIdx.x, blockDim.x);
@@ -277,7 +285,7 @@ __global__ void __launch_bounds__(32 * kResidentWarps, 1) attention_forward_resi
   const auto load_queries = [&](int round) {
     const int strip = strip_of(round);
     if (strip >= 0) {
-      load_tile(problem, q_tile, q, strip * Config::kStrip, Config::kStrip, problem.T, lane_id(), 32);
+      load_tile(problem, q_tile, q, strip * kResidentStrip, kResidentStrip, problem.T, lane_id(), 32);
     }
     cp_async_commit();
   };
@@ -285,7 +293,7 @@ __global__ void __launch_bounds__(32 * kResidentWarps, 1) attention_forward_resi
   load_queries(0);
   load_keys(0, half);
   load_keys(half, keys);
-  ForwardStrip<Element, D> strip(problem);
+  ForwardStrip<Element, D, 1> strip(problem);
   // Round 0 takes two legs: the keys before `half`, then the others. Each other round takes one.
   for (int leg = 0, round = 0; round * warps < strips; ++leg, round += leg > 1) {
     if (leg == 0) {
@@ -300,7 +308,7 @@ __global__ void __launch_bounds__(32 * kResidentWarps, 1) attention_forward_resi
     }
     if (strip_of(round) < 0) break;
     if (leg != 1) {
-      strip.start(batch_head, strip_of(round) * Config::kStrip, q_tile);
+      strip.start(batch_head, strip_of(round) * kResidentStrip, q_tile);
       __syncwarp();  // Q is in registers; its place is free
       load_queries(round + 1);
     }

@@ -31,6 +31,13 @@ struct Problem {
 
   // Query i sits at this position, and sees the keys from `position - window + 1` to `position`.
   __device__ int position(int query) const { return S - T + query; }
+
+  // The problem as a kernel begins with it.
+  __device__ Problem begin() const {
+    Problem problem = *this;
+    problem.dropout.take_seed();
+    return problem;
+  }
 };
 
 // The rows of one head.

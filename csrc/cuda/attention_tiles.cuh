@@ -201,43 +201,63 @@ __device__ inline void write_rows(const Problem& problem, Rows<Element> rows, in
   }
 }
 
-// Dropout of this thread's elements of a 16 x 8 block of P. One evaluation of Philox serves four keys of one query, of
-// which a thread holds two, or one; so each thread evaluates it once, for its neighbours too, and they swap words.
+// Dropout of this thread's elements of two 16 x 8 blocks of P, keep[block][element]. One evaluation of Philox serves
+// eight keys of one query, of which a thread holds one or two; so each thread evaluates it once, for its neighbours too,
+// and they swap words.
 
-// Rows are queries, the first of them at `position`; columns are keys.
-__device__ inline void keep_by_query(bool (&keep)[4], const Dropout& dropout, int batch_head, int position, int key) {
-  const int g = lane_id() / 4, t = lane_id() % 4;
-  const bool odd = t % 2 == 1;  // even lanes evaluate for row g, odd ones for row g + 8
-  uint32_t word[4];
-  random_words(word, dropout, key / 4 + t / 2, position + g + (odd ? 8 : 0), batch_head);
-  const uint32_t first = __shfl_xor_sync(0xFFFFFFFF, odd ? word[0] : word[2], 1);
-  const uint32_t second = __shfl_xor_sync(0xFFFFFFFF, odd ? word[1] : word[3], 1);
-  keep[0] = (odd ? first : word[0]) >= dropout.threshold;
-  keep[1] = (odd ? second : word[1]) >= dropout.threshold;
-  keep[2] = (odd ? word[2] : first) >= dropout.threshold;
-  keep[3] = (odd ? word[3] : second) >= dropout.threshold;
-}
-
-// Rows are keys; columns are queries, the first of them at `position`. The lanes with equal t and g / 4 need the same
-// four evaluations, one for each element e: lane j of them makes that of element j, and word j of all is for lane j,
-// which makes the swap a 4 x 4 transposition.
-__device__ inline void keep_by_key(bool (&keep)[4], const Dropout& dropout, int batch_head, int position, int key) {
-  const int g = lane_id() / 4, t = lane_id() % 4, j = g % 4;
-  uint32_t word[4];
-  random_words(word, dropout, key / 4 + j / 2 * 2 + g / 4, position + 2 * t + j % 2, batch_head);
+// Among the four lanes that differ in the two bits from `stride` on, of which this is number `lane`: word j of lane i
+// becomes word i of lane j.
+__device__ inline void transpose_words(uint32_t (&word)[4], int lane, int stride) {
 #pragma unroll
   for (int bit = 1; bit <= 2; bit *= 2) {
-    const bool upper = (j & bit) != 0;
+    const bool upper = (lane & bit) != 0;
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       if (e & bit) continue;
-      const uint32_t got = __shfl_xor_sync(0xFFFFFFFF, upper ? word[e] : word[e + bit], 4 * bit);
+      const uint32_t got = __shfl_xor_sync(0xFFFFFFFF, upper ? word[e] : word[e + bit], stride * bit);
       word[e] = upper ? got : word[e];
       word[e + bit] = upper ? word[e + bit] : got;
     }
   }
+}
+
+// Rows are queries, the first of them at `position`; columns are keys, a multiple of 8 and on: the second block's follow
+// the first's. The lanes of a row need two evaluations of theirs for each block, and word t of all four is for lane t.
+template <int kTogether = kPhiloxRounds>
+__device__ inline void keep_by_query(bool (&keep)[2][4], const Dropout& dropout, int batch_head, int position,
+                                     int key) {
+  const int g = lane_id() / 4, t = lane_id() % 4;
+  uint32_t word[4];
+  random_words<kTogether>(word, dropout, key / 8 + t / 2, position + g + t % 2 * 8, batch_head);
+  transpose_words(word, t, 1);
 #pragma unroll
-  for (int e = 0; e < 4; ++e) keep[e] = word[e] >= dropout.threshold;
+  for (int i = 0; i < 4; ++i) {
+    keep[i / 2][i % 2 * 2] = dropout.keeps_low(word[i]);
+    keep[i / 2][i % 2 * 2 + 1] = dropout.keeps_high(word[i]);
+  }
+}
+
+// Rows are keys; columns are queries, the first of them at `position`: the second block's follow the first's. The eight
+// lanes with equal t need eight evaluations: for each block, half of the keys, and parity of the query, in this order.
+// Half g of all is for lane g, so they swap words first, and then the halves of a pair of lanes.
+__device__ inline void keep_by_key(bool (&keep)[2][4], const Dropout& dropout, int batch_head, int position, int key) {
+  const int g = lane_id() / 4, t = lane_id() % 4;
+  uint32_t word[4];
+  random_words(word, dropout, key / 8 + g / 2 % 2, position + g / 4 * 8 + 2 * t + g % 2, batch_head);
+  transpose_words(word, g / 2, 8);
+#pragma unroll
+  for (int block = 0; block < 2; ++block) {
+    const uint32_t first = word[2 * block], second = word[2 * block + 1];  // of the two halves of the keys
+    const uint32_t lower = (first & 0xFFFF) | second << 16, upper = first >> 16 | (second & 0xFFFF0000);
+    const bool odd = g % 2 == 1;
+    const uint32_t own = odd ? upper : lower, got = __shfl_xor_sync(0xFFFFFFFF, odd ? lower : upper, 4);
+#pragma unroll
+    for (int parity = 0; parity < 2; ++parity) {
+      const uint32_t pair = odd == (parity == 1) ? own : got;
+      keep[block][parity] = dropout.keeps_low(pair);
+      keep[block][2 + parity] = dropout.keeps_high(pair);
+    }
+  }
 }
 
 }  // namespace chargpt::cuda

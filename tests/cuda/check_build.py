@@ -106,8 +106,6 @@ def check_registration(namespace: str) -> str:
         assert ours.replace(f"{namespace}::", "chargpt::") == theirs
     extra = ("softmax_cross_entropy_with_gradient", "scale_")
     for name in (*names, *extra):
-        tags = getattr(getattr(torch.ops, namespace), name).default.tags
-        assert (torch.Tag.cudagraph_unsafe in tags) == name.startswith("causal_attention"), (name, tags)
         keys = ("CUDA", "Meta") if name in extra else ("CUDA", "Meta", "Autograd")
         for key in keys:
             assert torch._C._dispatch_has_kernel_for_dispatch_key(f"{namespace}::{name}", key), (name, key)

@@ -9,7 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.cases import ATTENTION_CASES, DRAWS, AttentionCase, assert_as_right_as_torch, torch_attention
+from kernels.cases import (
+    ATTENTION_CASES,
+    DRAWS,
+    AttentionCase,
+    assert_as_right_as_torch,
+    kept_share,
+    torch_attention,
+)
 from kernels.test_attention import drawn_seed, gradients, keep_mask
 
 from .build import library, run_watched
@@ -28,6 +35,7 @@ class Options(ctypes.Structure):
         ("dropout", ctypes.c_bool),
         ("dropout_p", ctypes.c_double),
         ("seed", ctypes.c_uint64),
+        ("device_seed", ctypes.c_void_p),
     ]
 
 
@@ -94,13 +102,17 @@ class HostAttention(torch.autograd.Function):
 
 
 def run(kernels: ctypes.CDLL, case: AttentionCase, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    seed = torch.tensor(drawn_seed())
+    on_device = case.packed  # some read the seed as they would on a GPU, others get it with the launch
     options = Options(
         scale=case.options.get("scale", 1 / math.sqrt(case.D)),
         window=case.options.get("window", 0),
         dropout="dropout_p" in case.options,
-        dropout_p=case.options.get("dropout_p", 0.0),
-        seed=drawn_seed(),
+        dropout_p=1 - kept_share(case.options.get("dropout_p", 0.0)),
+        seed=0 if on_device else seed.item(),
+        device_seed=seed.data_ptr() if on_device else None,
     )
+    options.keeps_alive = seed
     out, lse = HostAttention.apply(kernels, options, *inputs)
     return out, lse
 

@@ -197,7 +197,7 @@ def naive_attention(
                 p = weights / weights.sum()
                 if seed is not None:
                     kept = [naive_keep(seed, dropout_p, b * H + h, last, s) for s in range(first, last + 1)]
-                    p = p * p.new_tensor(kept) / (1 - dropout_p)
+                    p = p * p.new_tensor(kept) / kept_share(dropout_p)
                 out[b, h, i] = p @ values[first : last + 1]
     return out, lse
 
@@ -253,7 +253,7 @@ def torch_attention(
     scores = (q @ k.mT * (1 / math.sqrt(D) if scale is None else scale)).masked_fill(hidden, -torch.inf)
     P = scores.softmax(-1)
     if keep is not None:
-        P = P * keep / (1 - dropout_p)
+        P = P * keep / kept_share(dropout_p)
     return P @ v, scores.logsumexp(-1)
 
 
@@ -294,7 +294,12 @@ def naive_keep(seed: int, p: float, batch_head: int, query: int, key: int) -> bo
     """Whether dropout keeps the weight at these absolute positions."""
     words = naive_philox((key // 8, query, batch_head, 0), (seed % 2**32, seed // 2**32))
     half = words[key % 8 // 2] >> 16 if key % 2 else words[key % 8 // 2] & 0xFFFF
-    return half >= p * 2**16
+    return half >= math.floor(p * 2**16)
+
+
+def kept_share(p: float) -> float:
+    """Of the weights: a probability is rounded down to a multiple of 2^-16."""
+    return 1 - math.floor(p * 2**16) / 2**16
 
 
 DRAWS = range(8)  # of inputs, judged together

@@ -1,5 +1,7 @@
 """The losses of a small training run on a given implementation: the same seed gives the same ones, up to rounding."""
 
+from functools import partial
+
 import numpy as np
 import torch
 
@@ -9,6 +11,7 @@ from chargpt.models import build_model
 from chargpt.models.transformer import Transformer
 from chargpt.runtime import resolve_runtime
 from chargpt.training import training_step
+from chargpt.training.graph import GraphedStep
 from chargpt.training.optim import build_optimizers
 
 STEPS = 200
@@ -23,14 +26,16 @@ def small_model(backend: str, device: str = "cpu", dropout: float = 0.1) -> Tran
     return model.to(device)
 
 
-def training_losses(backend: str, device: str = "cpu") -> torch.Tensor:
-    """Training losses (STEPS,) in float32, with dropout, on a text that can be learnt."""
+def training_losses(backend: str, device: str = "cpu", graphed: bool = False) -> torch.Tensor:
+    """Training losses (STEPS,) in float32, with dropout, on a text that can be learnt; with a CUDA graph of the step."""
     model = small_model(backend, device)
     config = TrainConfig(model=model.config, batch_size=4, precision="fp32", backend=backend, device=device)
     tokens = np.tile(np.random.default_rng(1).integers(VOCABULARY, size=200, dtype=np.uint8), 20)
     batches = build_batches("random", tokens, config.batch_size, model.config.block_size, seed=2)
     optimizers, runtime = build_optimizers(model, config.optimizer), resolve_runtime(config)
+    parts = (model, optimizers, batches, config, runtime)
+    step = GraphedStep(*parts) if graphed else partial(training_step, *parts)
     with torch.random.fork_rng():
         torch.manual_seed(3)  # dropout
-        losses = [training_step(model, optimizers, batches, config, runtime)[0] for _ in range(STEPS)]
+        losses = [step()[0] for _ in range(STEPS)]
     return torch.stack(losses).cpu()

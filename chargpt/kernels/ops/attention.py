@@ -1,8 +1,7 @@
 """Causal attention: the public function, its reference, and the operators that a backend's kernels become.
 
-The dropout seed lies on the CPU and becomes an argument of the launch, which a CUDA graph would repeat at every replay.
-So torch.compile leaves attention out of its graphs, by a tag that cannot depend on dropout; a graph that somebody else
-captures may hold attention without dropout, and with dropout it is refused.
+Dropout's seed lies on the device of q, where kernels read it, so a CUDA graph drops other weights at every replay. A
+seed on the CPU becomes an argument of the launch, which a graph would repeat: while one is captured it is refused.
 """
 
 import math
@@ -13,7 +12,7 @@ from torch import Generator, Tensor
 
 from chargpt.kernels import registry
 from chargpt.kernels.ops.common import Operation, OperatorLibrary, computing_dtype, only_reference, shape_of
-from chargpt.kernels.philox import dropout_keep_mask, refuse_capture
+from chargpt.kernels.philox import UNIT, dropout_keep_mask, refuse_capture
 
 MAX_HEAD_SIZE = 256  # the largest D that the kernels take: kMaxHeadSize in csrc/
 NAMES = ("scale", "dropout_p", "window", "seed")
@@ -64,11 +63,12 @@ def causal_attention(
     k, v: (B, H_kv, S, D), H a multiple of H_kv: query head h reads key and value head h // (H / H_kv); S ≥ T ≥ 0.
         Queries and keys are aligned at the end: query i sees the keys up to S − T + i.
     scale: factor on q·k; None: 1 / √D
-    dropout_p: probability in [0, 1) that an attention weight is dropped, after the softmax; others grow by 1 / (1 − p)
+    dropout_p: probability in [0, 1) that an attention weight is dropped, after the softmax, rounded down to a multiple
+        of 2⁻¹⁶; the others grow by 1 / (1 − p)
     window: each query sees only the last `window` of its keys, itself included; None: all
-    generator: the CPU generator that dropout draws its 64-bit seed from; None: torch's default one. The mask is a
-        function of that seed and of positions alone (`philox.dropout_keep_mask`), so it is the same on every device
-        and in every implementation. Nothing is drawn when dropout_p is 0.
+    generator: what dropout draws its 64-bit seed from, a generator of q's device or of the CPU; None: the default one
+        of q's device. The mask is a function of that seed and of positions alone (`philox.dropout_keep_mask`), so it is
+        the same on every device and in every implementation. Nothing is drawn when dropout_p is 0.
     return_lse: also return, for each query, the natural logarithm of Σ exp(scaled scores), before dropout
     impl: "auto", or the name of an implementation
     returns: O (B, H, T, D) in the dtype of q; with return_lse also lse (B, H, T) in float32, or float64 for float64
@@ -77,15 +77,17 @@ def causal_attention(
     different dtypes (a normalised q beside a v from a linear layer): then all three are cast to the region's dtype.
 
     Raises ValueError for tensors that do not fit together, ConfigError when `impl` cannot run, RuntimeError when a CUDA
-    graph would capture dropout, in either pass: the seed is read on the host, so replays would repeat one mask.
+    graph would capture dropout, in either pass, with a seed from a CPU generator: replays would repeat one mask.
     """
     if not q.dtype == k.dtype == v.dtype and torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     _check(q, k, v, dropout_p, window)
+    dropout_p = math.floor(dropout_p * UNIT) / UNIT
     seed = None
     if dropout_p > 0:
-        seed = torch.randint(2**63 - 1, (), generator=generator)
+        device = q.device if generator is None else generator.device
+        seed = torch.randint(2**63 - 1, (), generator=generator, device=device)
     chosen = registry.function("causal_attention", q.device.type, q.dtype, impl)
     return chosen(  # type: ignore[no-any-return]
         q,
@@ -139,7 +141,8 @@ def reference(
     """softmax(scale · Q Kᵀ, causally masked), dropped out, times V. Vaswani et al. 2017, equation 1.
 
     q: (B, H, T, D); k, v: (B, H_kv, S, D); query head h reads key and value head h // (H / H_kv)
-    seed: int64 scalar on the CPU that fixes the dropout mask, as `philox.dropout_keep_mask` says; None: no dropout
+    seed: int64 scalar, on q's device or the CPU, that fixes the dropout mask, as `philox.dropout_keep_mask` says; None:
+        no dropout
     returns: O (B, H, T, D) in the dtype of q; lse (B, H, T) in the computing dtype
     """
     B, H, T, D = q.shape
@@ -184,7 +187,8 @@ def register(library: OperatorLibrary) -> Any:
     """
 
     def call(kernel: str, *arguments: Any) -> Any:
-        if library.device == "CUDA" and arguments[-1] is not None:
+        seed = arguments[-1]
+        if library.device == "CUDA" and seed is not None and seed.device.type == "cpu":
             refuse_capture()
         return getattr(library.kernels(), kernel)(*arguments)
 
@@ -199,7 +203,6 @@ def register(library: OperatorLibrary) -> Any:
         lambda *arguments: call("causal_attention_forward", *arguments),
         _fake_attend,
         (_save_for_attend, differentiate),
-        (torch.Tag.cudagraph_unsafe,),
     )
     library.define(
         "causal_attention_backward",
@@ -212,7 +215,6 @@ def register(library: OperatorLibrary) -> Any:
         ),
         _fake_attend_backward,
         (_save_for_attend_backward, _differentiate_attend_backward),
-        (torch.Tag.cudagraph_unsafe,),
     )
 
     def attend(

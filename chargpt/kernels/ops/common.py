@@ -60,10 +60,9 @@ class OperatorLibrary:
         kernel: Callable[..., Any],
         fake: Callable[..., Any],
         autograd: tuple[Callable[..., Any], Callable[..., Any]] | None = None,
-        tags: tuple[torch.Tag, ...] = (),
     ) -> None:
         """autograd: what to save, and how to differentiate."""
-        self._library.define(name + schema, tags=tags)  # type: ignore[no-untyped-call]
+        self._library.define(name + schema)  # type: ignore[no-untyped-call]
         self._library.impl(name, kernel, self.device)  # type: ignore[no-untyped-call]
         qualified = f"{self._library.ns}::{name}"
         torch.library.register_fake(qualified, fake, lib=self._library)

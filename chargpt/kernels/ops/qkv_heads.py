@@ -110,24 +110,25 @@ def reference(
     with torch.autocast(qkv.device.type, enabled=False):
         B, T, channels = qkv.shape
         D = channels // (n_head + 2 * n_kv_head)
-        heads = qkv.view(B, T, n_head + 2 * n_kv_head, D).transpose(1, 2)  # (B, H + 2 H_kv, T, D)
-        qk, v = heads.split([n_head + n_kv_head, n_kv_head], dim=1)  # type: ignore[no-untyped-call]
-        if qk_norm or cos is not None:
+        heads = qkv.view(B, T, n_head + 2 * n_kv_head, D)
+        if not qk_norm and cos is None:  # split once, so that the gradients are joined once, in the memory of qkv
+            q, k, v = heads.split([n_head, n_kv_head, n_kv_head], dim=2)  # type: ignore[no-untyped-call]
+        else:
+            qk, v = heads.split([n_head + n_kv_head, n_kv_head], dim=2)  # type: ignore[no-untyped-call]
             qk = qk.to(dtype)
             if qk_norm:
                 qk = rms_norm(qk)
             if cos is not None and sin is not None:
-                qk = _rotate(qk, cos[:T].detach().to(dtype), sin[:T].detach().to(dtype))
-            qk = qk.to(qkv.dtype)
+                qk = _rotate(qk, cos[:T, None].detach().to(dtype), sin[:T, None].detach().to(dtype))
+            q, k = qk.to(qkv.dtype).split([n_head, n_kv_head], dim=2)
         if value_rows is not None:
-            v = (v + value_rows.view(B, T, n_kv_head, D).transpose(1, 2)).to(qkv.dtype)
-        q, k = qk.split([n_head, n_kv_head], dim=1)
-    return q, k, v
+            v = (v + value_rows.view(B, T, n_kv_head, D)).to(qkv.dtype)
+    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Channels i and i + D/2 turned by the angle of their position. Su et al. 2021, arXiv 2104.09864, equation 34."""
-    a, b = x.chunk(2, dim=-1)  # (B, H, T, D/2) each
+    a, b = x.chunk(2, dim=-1)  # (B, T, H, D/2) each
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 

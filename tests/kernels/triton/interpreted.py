@@ -20,7 +20,7 @@ from triton import Config
 from chargpt.kernels.philox import dropout_keep_mask, philox_4x32
 from chargpt.kernels.backends.triton import attention, cross_entropy, problem
 from chargpt.kernels.backends.triton.numerics import narrow
-from chargpt.kernels.backends.triton.philox import keep_tile
+from chargpt.kernels.backends.triton.philox import ROUNDS, keep_tile
 
 from ..cases import (
     ATTENTION_CASES,
@@ -28,6 +28,7 @@ from ..cases import (
     AttentionCase,
     CrossEntropyCase,
     assert_as_right_as_torch,
+    kept_share,
     naive_cross_entropy,
     torch_attention,
     torch_cross_entropy,
@@ -89,7 +90,7 @@ def name_of(case: Any, dtype: torch.dtype, draws: int) -> str:
 @pytest.mark.parametrize(("case", "dtype", "draws"), attention_grid())
 def test_attention_loses_no_more_than_torch(case: AttentionCase, dtype: torch.dtype, draws: int) -> None:
     tiles = LARGE if case.T >= 60 else SMALL
-    dropout_p, S = case.options.get("dropout_p", 0.0), case.S or case.T
+    dropout_p, S = 1 - kept_share(case.options.get("dropout_p", 0.0)), case.S or case.T
     seed = torch.tensor(SEED) if dropout_p else None
     keep = None
     if seed is not None:
@@ -212,8 +213,8 @@ def keep_kernel(OUT, seed, threshold, batch_head, position, key, M: tl.constexpr
 def test_dropout_masks_are_the_reference_s(seed: int, p: float) -> None:
     out = torch.empty(16, 32, dtype=torch.int8)
     mask = dropout_keep_mask(torch.tensor(seed), p, 6, 48, 96)  # query i has position 48 + i
-    for batch_head, position, key in ((0, 48, 0), (5, 80, 64), (2, 57, 20)):
-        keep_kernel[(1,)](out, seed, int(p * 2**32), batch_head, position, key, 16, 32)
+    for batch_head, position, key in ((0, 48, 0), (5, 80, 64), (2, 57, 24)):
+        keep_kernel[(1,)](out, seed, int(p * 2**16), batch_head, position, key, 16, 32)
         assert torch.equal(out.bool(), mask[batch_head, position - 48 : position - 32, key : key + 32])
 
 
@@ -221,7 +222,7 @@ def test_dropout_masks_are_the_reference_s(seed: int, p: float) -> None:
 def philox_kernel(OUT, seed, COUNTER):
     i = tl.arange(0, 64)
     c = tl.load(COUNTER + i), tl.load(COUNTER + 64 + i), tl.load(COUNTER + 128 + i), tl.load(COUNTER + 192 + i)
-    w0, w1, w2, w3 = tl.philox(seed, c[0], c[1], c[2], c[3])
+    w0, w1, w2, w3 = tl.philox(seed, c[0], c[1], c[2], c[3], n_rounds=ROUNDS)
     tl.store(OUT + i, w0.to(tl.int64))
     tl.store(OUT + 64 + i, w1.to(tl.int64))
     tl.store(OUT + 128 + i, w2.to(tl.int64))

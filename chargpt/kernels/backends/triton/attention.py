@@ -33,10 +33,11 @@ from triton import Config
 
 from chargpt.kernels.backends.triton.numerics import dot, exp_of_scores, narrow, rounded_product
 from chargpt.kernels.backends.triton.philox import keep_tile
+from chargpt.kernels.philox import UNIT
 
 MAX_HEAD_SIZE = 256
 # Values that change from call to call, or say nothing about alignment: one compilation serves them all.
-_VARIABLE = ["H", "T", "S", "window", "seed", "threshold"]
+_VARIABLE = ["H", "T", "S", "window", "threshold"]
 
 
 # --------------------------------------------------------------------------------------------------------------- tiles
@@ -129,7 +130,7 @@ def query_bounds(first, T, S, window, WINDOWED: tl.constexpr, BLOCK_M: tl.conste
 def forward_kernel(
     Q, K, V, O, LSE,
     q_strides, k_strides, v_strides, o_strides,
-    H, T, S, window, scale, kept, seed: tl.int64, threshold: tl.uint32,
+    H, T, S, window, scale, kept, SEED, threshold: tl.uint32,
     SIGN: tl.constexpr, GROUP: tl.constexpr, WINDOWED: tl.constexpr, DROPOUT: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -139,7 +140,10 @@ def forward_kernel(
     SIGN: of the scale; `scale` is its size. sign · q is exact, and makes the largest product the largest score, so the
         maximum is taken of the products, and a score's distance to it is one multiply-add.
     kept: the share of the weights that dropout keeps
+    SEED: where its seed is
     """
+    if DROPOUT:
+        seed = tl.load(SEED)
     tiles = tl.cdiv(T, BLOCK_M)
     first = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_M
     batch_head = tl.program_id(0) // tiles
@@ -224,7 +228,7 @@ def load_rows(LSE, DELTA, dLSE, kept, batch_head, first, T, ROWS: tl.constexpr):
 def key_gradients_kernel(
     Q, K, V, dO, dK, dV, LSE, DELTA, dLSE,
     q_strides, k_strides, v_strides, do_strides, dk_strides, dv_strides,
-    H, T, S, window, scale, kept, seed: tl.int64, threshold: tl.uint32,
+    H, T, S, window, scale, kept, SEED, threshold: tl.uint32,
     GROUP: tl.constexpr, WINDOWED: tl.constexpr, DROPOUT: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -234,6 +238,8 @@ def key_gradients_kernel(
     BLOCK_N, at least 64, is the side that `wgmma` wants 64 of.
     With dropout dS = P ∘ (keep ∘ dP / kept − δ + dlse): the division waits for the end.
     """
+    if DROPOUT:
+        seed = tl.load(SEED)
     tiles = tl.cdiv(S, BLOCK_N)
     first = tl.program_id(0) % tiles * BLOCK_N  # the first keys are seen by the most queries
     batch, h_kv = tl.program_id(0) // tiles // (H // GROUP), tl.program_id(0) // tiles % (H // GROUP)
@@ -274,11 +280,13 @@ def key_gradients_kernel(
 def query_gradients_kernel(
     Q, K, V, dO, dQ, LSE, DELTA, dLSE,
     q_strides, k_strides, v_strides, do_strides, dq_strides,
-    H, T, S, window, scale, kept, seed: tl.int64, threshold: tl.uint32,
+    H, T, S, window, scale, kept, SEED, threshold: tl.uint32,
     GROUP: tl.constexpr, WINDOWED: tl.constexpr, DROPOUT: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dQ for BLOCK_M queries of one head, tiled and ordered as in the forward."""
+    if DROPOUT:
+        seed = tl.load(SEED)
     tiles = tl.cdiv(T, BLOCK_M)
     first = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_M
     batch_head = tl.program_id(0) // tiles
@@ -412,8 +420,8 @@ def _options(q: Tensor, k: Tensor, dropout_p: float, window: int | None, seed: T
         "S": S,
         "window": window if windowed else 0,
         "kept": 1.0 if seed is None else 1 - dropout_p,
-        "seed": 0 if seed is None else int(seed),  # it lies on the CPU, so this waits for no GPU
-        "threshold": int(dropout_p * 2**32),
+        "SEED": None if seed is None else seed.to(q.device, non_blocking=True),
+        "threshold": int(dropout_p * UNIT),
         "GROUP": H // H_kv,
         "WINDOWED": windowed,
         "DROPOUT": seed is not None,
