@@ -102,8 +102,7 @@ def samples(program: Program, way: str, steps: int) -> Function:
 
 def profiled(program: Program, sample: Function, steps: int) -> dict[str, Any]:
     """What the GPU did while a sample ran, or, on a dry run, the CPU."""
-    activities = [ProfilerActivity.CPU] if program.dry else [ProfilerActivity.CPU, ProfilerActivity.CUDA]
-    with profile(activities=activities) as seen:
+    with profile(activities=[ProfilerActivity.CPU if program.dry else ProfilerActivity.CUDA]) as seen:
         sample()
     wanted = DeviceType.CPU if program.dry else DeviceType.CUDA
     events = [

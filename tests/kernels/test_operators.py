@@ -352,7 +352,9 @@ def stream(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_a_capture_refuses_a_seed_on_the_cpu_in_both_passes_and_nothing_else(stream: SimpleNamespace, compiled: bool) -> None:
+def test_a_capture_refuses_a_seed_on_the_cpu_in_both_passes_and_nothing_else(
+    stream: SimpleNamespace, compiled: bool
+) -> None:
     """A replay would repeat the mask of the capture."""
 
     def call(dropout_p: float, *qkv: Tensor) -> Any:
@@ -364,9 +366,7 @@ def test_a_capture_refuses_a_seed_on_the_cpu_in_both_passes_and_nothing_else(str
         torch.compiler.reset()
         call = torch.compile(call, fullgraph=True, backend="aot_eager")
     inputs = AttentionCase("capture").inputs()
-    refusal = (
-        r"dropout cannot be captured in a CUDA graph while its seed lies on the CPU, .*; let a generator of the GPU draw"
-    )
+    refusal = r"dropout cannot be captured in a CUDA graph while its seed lies on the CPU, .*; let a generator of the GPU draw"
     stream.captured = False
     out = call(0.3, *inputs)
     torch.autograd.grad(out.sum(), inputs, retain_graph=True)

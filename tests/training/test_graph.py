@@ -1,16 +1,22 @@
 """A step as a CUDA graph does what the step itself does. Nothing is recorded here: the GPU's checks do that."""
 
 import dataclasses
+import gc
+import weakref
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import runs
 from chargpt.config import TrainConfig, override
+from chargpt.data import build_batches
 from chargpt.errors import ConfigError, RunInterruptedError
+from chargpt.models import build_model
 from chargpt.runtime import Runtime, device, resolve_runtime
 from chargpt.training import graph, trainer
+from chargpt.training.optim import build_optimizers
 
 # Learning rates that float32 holds exactly, since a graph keeps them there.
 EXACT = ["schedule.kind=constant", "optimizer.learning_rate=0.0078125", "schedule.warmup_steps=3"]
@@ -71,3 +77,23 @@ def test_only_adamw_on_a_gpu_is_recorded() -> None:
     assert device._cuda_graph(muon, gpu) == (False, "muon takes its learning rate from the host")
     with pytest.raises(ConfigError, match="muon takes"):
         device._cuda_graph(override(muon, ["cuda_graph=always"]), gpu)
+
+
+def test_a_recording_keeps_the_model_whose_memory_it_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    def record(step: graph.Step) -> graph.Step:
+        loss, norm = step()
+        return lambda: (loss.clone(), norm.clone())  # as a graph: without a reference to the model
+
+    monkeypatch.setattr(graph, "record", record)
+    monkeypatch.setattr(graph, "run_aside", lambda step: step())
+    model = build_model(runs.BIGRAM.model, 10, seed=1, backend="torch")
+    kept = weakref.ref(model)
+    tokens = np.arange(200, dtype=np.uint8) % 10
+    batches = build_batches("random", tokens, runs.BIGRAM.batch_size, 8, seed=1)
+    optimizers = build_optimizers(model, runs.BIGRAM.optimizer)
+    step = graph.GraphedStep(model, optimizers, batches, runs.BIGRAM, resolve_runtime(runs.BIGRAM))
+    del model, optimizers
+    for _ in range(graph.WARM_UP + 2):
+        step()
+    gc.collect()
+    assert kept() is not None
