@@ -239,8 +239,8 @@ def attention_problems(
 
 
 def _units(name: str, dtype: torch.dtype, lse: list[tuple[Tensor, Tensor, Tensor]]) -> float:
-    """In the last place. The backward pass makes P = exp(S − lse) of an lse in float32, which torch's keeps in no place:
-    it is rounded, and so is the difference, each by half of the spacing of floats of that size."""
+    """In the last place. The backward pass makes P = exp(S − lse) of an lse in float32, which torch's keeps nowhere: it
+    is rounded, and so is the difference, each by half of the spacing of floats of that size."""
     if dtype != torch.float32:
         return TENSOR_CORE_UNITS if name == "lse" else 1
     if name in ("O", "lse"):
@@ -486,7 +486,7 @@ def capture_problems(impl: str, dtype: torch.dtype, device: str) -> list[str]:
 
 
 def dropout_capture_problems(impl: str, dtype: torch.dtype, device: str) -> list[str]:
-    """Each replay drops other weights, the same ones in both passes. With a seed on the CPU it would repeat one mask, so
+    """Each replay drops other weights, the same ones in both passes. With a seed on the CPU it would repeat one mask:
     that is refused, in words."""
     q, k, v = AttentionCase("capture", B=24, H=6, T=64, D=64).inputs(dtype, device=device)
     upstream = torch.randn_like(q)
@@ -530,8 +530,8 @@ def dropout_capture_problems(impl: str, dtype: torch.dtype, device: str) -> list
 
 
 def graphed_step_problems(impl: str, dtype: torch.dtype, device: str) -> list[str]:
-    """200 steps of training, recorded once and replayed, give the losses of eager steps: each with its own batch, its own
-    learning rate, and its own dropout."""
+    """200 steps of training, recorded once and replayed, give the losses of eager steps: each with its own batch,
+    learning rate and dropout."""
     graphed, eager = (training_losses(impl, device, graphed=graphed) for graphed in (True, False))
     difference = (graphed - eager).abs().max().item()
     return [] if difference < DIFFERENCE else [f"losses differ by {difference:.2g}, allowed {DIFFERENCE:.2g}"]

@@ -27,7 +27,7 @@ def small_model(backend: str, device: str = "cpu", dropout: float = 0.1) -> Tran
 
 
 def training_losses(backend: str, device: str = "cpu", graphed: bool = False) -> torch.Tensor:
-    """Training losses (STEPS,) in float32, with dropout, on a text that can be learnt; with a CUDA graph of the step."""
+    """Training losses (STEPS,) in float32, with dropout, on a text that can be learnt; of a graphed step."""
     model = small_model(backend, device)
     config = TrainConfig(model=model.config, batch_size=4, precision="fp32", backend=backend, device=device)
     tokens = np.tile(np.random.default_rng(1).integers(VOCABULARY, size=200, dtype=np.uint8), 20)
