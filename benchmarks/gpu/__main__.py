@@ -70,7 +70,7 @@ STEPS = (
     Step("smoke", "cases", 40, ("--smoke",), light=True),
     Step("shapes", "shapes", 55, compiles=True),
     Step("step", "training_step", 120, compiles=True),
-    Step("cases", "cases", 120, light=True),
+    Step("cases", "cases", 150, light=True),
     Step("grid", "attention", 80, compiles=True),
     Step("cross_entropy", "cross_entropy", 40, compiles=True),
     Step("counters", "counters", 45),
