@@ -12,7 +12,7 @@ from torch import nn
 from chargpt.config import BigramConfig, ModelConfig, TransformerConfig
 from chargpt.data import Splits, random_batch
 from chargpt.kernels import qkv_heads
-from chargpt.models import Ensemble, LanguageModel, Transformer, build_model, parameter_count
+from chargpt.models import Ensemble, LanguageModel, Transformer, build_model, parameter_count, transformer
 
 V = 11  # symbols
 
@@ -335,6 +335,14 @@ def test_bigram_embeddings_have_a_row_for_each_pair_or_share_evenly(vocab_size: 
     assert torch.equal(model._bigrams(idx)[0, 0], same[1])  # the first token stands for both
 
 
+def test_pairs_of_many_symbols_have_the_rows_that_saved_models_have() -> None:
+    """Spread by Knuth's multiplication: (0, 1) → 2654435761 mod 2^16, and so on."""
+    model = build_model(tiny(bigram_embeddings=True), 300, seed=0)
+    rows = model._bigrams(torch.tensor([[0, 1], [1, 0], [299, 298]]))[:, 1]
+    products = [n * 2654435761 for n in (1, 300, 299 * 300 + 298)]
+    assert rows.tolist() == [31153, 39788, 12078] == [product % 2**32 % 2**16 for product in products]
+
+
 def test_value_embeddings_add_a_row_of_their_table_to_the_values() -> None:
     # One layer, one token: attention returns the value itself, so the table's row passes straight through.
     model = shaken(tiny(n_layer=1, mlp="none", norm="none", residual=False, value_embeddings=True, tied_head=False))
@@ -444,6 +452,27 @@ def test_dropout_acts_in_training_alone_and_comes_from_torchs_generator() -> Non
     model.eval()
     assert torch.equal(logits_of(model, x), logits_of(model, x))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_dropout_stands_at_every_site(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the embeddings, in attention, and where each branch joins the stream."""
+    dropped, attended = [], []
+
+    def drop(x: torch.Tensor, p: float, on: bool) -> torch.Tensor:
+        dropped.append((tuple(x.shape), p, on))
+        return x
+
+    def attend(q: torch.Tensor, *kv: torch.Tensor, dropout_p: float, impl: str) -> torch.Tensor:
+        attended.append(dropout_p)
+        return q
+
+    monkeypatch.setattr(transformer.F, "dropout", drop)
+    monkeypatch.setattr(transformer, "causal_attention", attend)
+    model = build_model(tiny(dropout=0.3), V, seed=0).train(training)
+    model.hidden(batch()[0])
+    assert dropped == [((3, 7, 16), 0.3, training)] * 5
+    assert attended == [0.3 if training else 0.0] * 2
 
 
 # ------------------------------------------------------------------------------------------------------ a plain twin

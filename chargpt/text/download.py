@@ -202,7 +202,9 @@ def _verify_file(path: Path, size: int, sha256: str) -> None:
         raise SourceError(f"{path.name} did not come")
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if (path.stat().st_size, digest) != (size, sha256):
+    if path.stat().st_size != size:
+        raise SourceError(f"{path.name} has {path.stat().st_size:,} bytes instead of {size:,}")
+    if digest != sha256:
         raise SourceError(f"{path.name} has the SHA-256 {digest} instead of {sha256}")
 
 

@@ -76,9 +76,9 @@ MutableView writable(Buffer& x, const Strides& s) { return {x.at(s.start), s.bat
 // ---- float64 loops -------------------------------------------------------------------------------------------------
 
 bool keep(const AttentionOptions& options, int64_t batch_head, int64_t query, int64_t key) {
-  uint32_t c[4] = {static_cast<uint32_t>(key / 4), static_cast<uint32_t>(query), static_cast<uint32_t>(batch_head), 0};
+  uint32_t c[4] = {static_cast<uint32_t>(key / 8), static_cast<uint32_t>(query), static_cast<uint32_t>(batch_head), 0};
   uint32_t k[2] = {static_cast<uint32_t>(options.seed), static_cast<uint32_t>(options.seed >> 32)};
-  for (int round = 0; round < 10; ++round) {
+  for (int round = 0; round < 7; ++round) {
     const uint64_t p0 = uint64_t{0xD2511F53} * c[0], p1 = uint64_t{0xCD9E8D57} * c[2];
     const uint32_t next[4] = {static_cast<uint32_t>(p1 >> 32) ^ c[1] ^ k[0], static_cast<uint32_t>(p1),
                               static_cast<uint32_t>(p0 >> 32) ^ c[3] ^ k[1], static_cast<uint32_t>(p0)};
@@ -86,7 +86,7 @@ bool keep(const AttentionOptions& options, int64_t batch_head, int64_t query, in
     k[0] += 0x9E3779B9;
     k[1] += 0xBB67AE85;
   }
-  return c[key % 4] >= static_cast<uint32_t>(options.dropout_p * 4294967296.0);
+  return (c[key % 8 / 2] >> key % 2 * 16 & 0xFFFF) >= static_cast<uint32_t>(options.dropout_p * 65536);
 }
 
 struct Truth {

@@ -21,6 +21,7 @@ import runs
 from chargpt import training
 from chargpt.checkpoint import export_checkpoint, find_checkpoint, load_model, load_state, save_checkpoint
 from chargpt.checkpoint import format as checkpoint_format
+from chargpt.checkpoint.folder import point_to
 from chargpt.config import SampleConfig, TokenizerConfig, override
 from chargpt.errors import ChargptError, CheckpointError
 from chargpt.generation import generate_text
@@ -475,3 +476,41 @@ def test_seeding_names_never_share_a_stream() -> None:
     models = [build_model(runs.TRANSFORMER.model, 5, training.stream_seed(seed, "init")) for seed in (1, 1, 2)]
     assert torch.equal(models[0].token_embedding.weight, models[1].token_embedding.weight)
     assert not torch.equal(models[0].token_embedding.weight, models[2].token_embedding.weight)
+
+
+def test_everything_is_flushed_to_disk_before_a_name_leads_to_it(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power cut leaves what was flushed: files, then the folder of their names, then the name of the folder."""
+    model, tokenizer = load_model(saved)
+    run = tmp_path / "run"
+    run.mkdir()
+    happened = []
+    fsync, rename, replace = os.fsync, Path.rename, Path.replace
+
+    def name_of(path: Path) -> str:
+        return "(temporary)" if path.name.startswith(".") else path.name
+
+    def sync(descriptor: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        happened.append(f"flush {name_of(path)}")
+        fsync(descriptor)
+
+    def renamed(self: Path, target: Path) -> Path:
+        happened.append(f"rename to {target.name}")
+        return rename(self, target)
+
+    def replaced(self: Path, target: Path) -> Path:
+        happened.append(f"replace {target.name}")
+        return replace(self, target)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(Path, "rename", renamed)
+    monkeypatch.setattr(Path, "replace", replaced)
+    save_checkpoint(run / "step-000001", model, tokenizer, {}, {"x": torch.zeros(1)})
+    point_to(run, "last", "step-000001")
+    named = happened.index("rename to step-000001")
+    flushed = {line.removeprefix("flush ") for line in happened[:named] if line.startswith("flush ")}
+    assert {"model.safetensors", "state.safetensors", "checkpoint.json", "(temporary)"} <= flushed
+    assert happened[named - 1] == "flush (temporary)"  # the folder, once it has all names
+    assert happened[named + 1 :] == ["flush run", "replace last", "flush run"]

@@ -1,6 +1,7 @@
 """Evaluation: which tokens are scored, from how much context, and that nothing else moves."""
 
 import copy
+import dataclasses
 import math
 
 import numpy as np
@@ -15,6 +16,7 @@ from chargpt.data import Splits, Tokens, split_tokens
 from chargpt.errors import CorpusError
 from chargpt.evaluation import (
     PROTOCOLS,
+    baselines,
     dynamic_loss,
     evaluate,
     evaluating,
@@ -262,6 +264,14 @@ def test_guesses_lose_what_their_probabilities_say() -> None:
     assert single == pytest.approx(math.log(2), abs=1e-6)
     # 450 times ab, and 1 follower to share with the frequencies: (450 + 1/2) / 451; of ba there are 449
     assert pairs == pytest.approx(-math.log(450.5 / 451), abs=1e-5)
+
+
+def test_of_a_long_text_the_pairs_of_its_end_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(baselines, "COUNTED_TOKENS", 900)
+    tokenizer = build_tokenizer(TokenizerConfig(), "abcd")
+    long, end = (split_tokens(tokenizer.encode(text), tokenizer, 0.1) for text in ("cd" * 500 + "ab" * 500, "ab" * 500))
+    long = dataclasses.replace(long, train=np.concatenate([long.train[:400], end.train]), val=end.val)
+    assert guess_losses(long) == pytest.approx(guess_losses(end))
 
 
 def test_a_guess_by_pairs_gives_all_characters_together_a_probability_of_one() -> None:

@@ -102,6 +102,12 @@ def test_top_k_keeps_exactly_k_and_of_equals_the_first() -> None:
     )
 
 
+def test_of_many_equal_logits_the_first_are_kept() -> None:
+    """From 17 values on an unstable sort mixes equal ones."""
+    assert next_token_probabilities(torch.zeros(1, 65), top_k=3).nonzero()[:, 1].tolist() == [0, 1, 2]
+    assert next_token_probabilities(torch.zeros(1, 4), top_p=0.5).nonzero()[:, 1].tolist() == [0, 1]  # reached exactly
+
+
 def test_top_p_keeps_at_least_one_and_just_enough() -> None:
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
     kept = {p: int((next_token_probabilities(logits, top_p=p) > 0).sum()) for p in (1e-9, 0.49, 0.51, 0.79, 0.81, 0.96)}

