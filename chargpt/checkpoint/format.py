@@ -245,7 +245,10 @@ def _read(folder: Path, real: Path, names: Sequence[str]) -> Checkpoint:
 
 
 def _config(content: dict[str, Any], folder: Path) -> ModelConfig:
-    return parse(ModelConfig, content["model"], str(folder / DESCRIPTION))  # type: ignore[arg-type]
+    try:
+        return parse(ModelConfig, content["model"], str(folder / DESCRIPTION))  # type: ignore[arg-type]
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
 
 
 def _numbers(content: dict[str, Any], folder: Path) -> int:

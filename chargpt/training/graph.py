@@ -44,7 +44,7 @@ class GraphedStep:
         self._batches, self._held = batches, HeldBatches(config.gradient_accumulation_steps, runtime.device)
         # Kept beside its recording, which reads the memory of the model and the optimizers.
         self._eager: Step = partial(training_step, model, optimizers, self._held, config, runtime, teacher)
-        self._step = self._eager
+        self._step: Step = self._eager
         self._done = 0
 
     def __call__(self) -> tuple[Tensor, Tensor]:
