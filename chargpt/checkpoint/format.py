@@ -26,7 +26,7 @@ import torch
 
 from chargpt.checkpoint.folder import DESCRIPTION, sync_folder
 from chargpt.config import ModelConfig, parse
-from chargpt.errors import ChargptError, CheckpointError, TokenizerError
+from chargpt.errors import ChargptError, CheckpointError, ConfigError, TokenizerError
 from chargpt.files import read_regular, replaced_folder
 from chargpt.models import Ensemble, Model, build_model, parameter_estimate
 from chargpt.runtime import is_out_of_memory
