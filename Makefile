@@ -9,7 +9,7 @@ export DO_NOT_TRACK := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro ablation plots test test-long fuzz lint bench gpu gpu-rehearsal sanitize cuda-build ui clean
+.PHONY: help setup repro ablation plots test test-long fuzz mutants lint bench gpu gpu-rehearsal sanitize cuda-build ui clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -47,6 +47,16 @@ test-long: $(READY)  ## run the tests that take minutes
 
 fuzz: $(READY)  ## give every door input that nobody would write by hand, for an hour; SECONDS=60 for less
 	$(BIN)/python -m tests.fuzz $(if $(SECONDS),--seconds $(SECONDS)) $(if $(SEED),--seed $(SEED))
+
+# Cosmic Ray in an environment of its own: it changes the code, and .venv runs the tests.
+MUTANTS_ENV := build/mutants-venv
+mutants: $(MUTANTS_ENV)/.ready $(READY)  ## change the code in 300 places, one at a time, and see whether a test fails; MINUTES=60
+	$(MUTANTS_ENV)/bin/python -m tests.mutants $(if $(MINUTES),--minutes $(MINUTES))
+
+$(MUTANTS_ENV)/.ready: tests/mutants/requirements.txt
+	$(PYTHON) -m venv $(MUTANTS_ENV)
+	$(MUTANTS_ENV)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
 
 lint: $(READY)  ## check style and types
 	$(BIN)/ruff check .

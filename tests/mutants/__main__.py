@@ -1,0 +1,303 @@
+"""Change the code in one small place at a time and see whether a test fails: `make mutants`.
+
+Cosmic Ray knows the places of the Python code and the changes; those of the C++ code are in tests/mutants/native.py. A
+seed chooses places at random, and at each of them one change, which is made in a copy of the project under build/.
+First the tests beside the changed file run there, then those of whole runs and commands. What no test notices is
+printed as a diff.
+
+What was tried is kept in build/mutants/results.jsonl, so that another run with the same seed goes on behind it; a file
+that changed since is tried again. Changes that change nothing anybody could see are listed, with the reason, in
+tests/mutants/equivalent.txt, and do not count.
+"""
+
+import argparse
+import ast
+import difflib
+import hashlib
+import json
+import math
+import os
+import queue
+import random
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from tests.mutants.native import PATCHES
+
+ROOT = Path(__file__).parents[2]
+BUILD = ROOT / "build" / "mutants"
+RESULTS = BUILD / "results.jsonl"
+EQUIVALENT = Path(__file__).with_name("equivalent.txt")
+PYTHON = ROOT / ".venv" / "bin" / "python"
+SLOWER = 4  # times as long as unchanged code may tests take before they count as hung
+LEAST = 60.0  # seconds that they always get
+
+# The tests that stand beside a room's code; by default the folder or file of its name.
+NEAR = {
+    "models": ["tests/test_models.py"],
+    "tokenizers": ["tests/test_tokenizers.py"],
+    "files": ["tests/test_files.py"],
+    "command": ["tests/test_command.py", "tests/test_user_errors.py"],
+    "interrupts": ["tests/test_command.py", "tests/training/test_trainer.py"],
+    "cli": ["tests/test_cli.py"],
+    "console": ["tests/training/test_trainer.py", "tests/test_cli.py"],
+    "experiment": ["tests/training/test_trainer.py"],
+    "kernels": ["tests/kernels", "--ignore=tests/kernels/triton", "--ignore=tests/kernels/test_lower_code_paths.py"],
+    "triton": ["tests/kernels/triton", "tests/kernels/test_triton_operators.py"],
+    "errors": ["tests/test_command.py"],
+}
+FAR = ["tests/training/test_trainer.py", "tests/test_cli.py", "tests/test_user_errors.py"]
+
+
+@dataclass(frozen=True)
+class Mutant:
+    path: str
+    operator: str  # of Cosmic Ray, or "patch"
+    occurrence: int
+    line: int
+    before: str  # the file's SHA-256
+    after: str
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--number", type=int, default=300, help="of changes to Python code (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=1, help="(default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=2, help="changes tried at a time (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after these; run again to go on")
+    parser.add_argument("--report", action="store_true", help="only say what was found so far")
+    options = parser.parse_args()
+    chosen = [*native(), *sample(options.number, options.seed)]
+    done = known()
+    waiting: queue.SimpleQueue[tuple[Mutant, str]] = queue.SimpleQueue()
+    for mutant, code in chosen:
+        if mutant not in done:
+            waiting.put((mutant, code))
+    if not options.report:
+        print(f"{len(chosen)} changes, {len(chosen) - waiting.qsize()} of them tried before", flush=True)
+        end = time.monotonic() + 60 * options.minutes
+        threads = [threading.Thread(target=work, args=(number, waiting, end)) for number in range(options.jobs)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    tell([mutant for mutant, _ in chosen], known())
+
+
+# ------------------------------------------------------------------------------------------------------------- choosing
+
+
+def sample(number: int, seed: int) -> list[tuple[Mutant, str]]:
+    """Places at random, equally likely, and of the changes at a place one: (mutant, the file's new text)."""
+    from cosmic_ray.ast import ast_nodes, get_ast
+    from cosmic_ray.mutating import mutate_code
+    from cosmic_ray.plugins import get_operator, operator_names
+
+    places: dict[tuple[str, tuple[int, int]], list[tuple[str, int]]] = {}
+    sources: dict[str, str] = {}
+    for path in sorted([*(ROOT / "chargpt").rglob("*.py"), *(ROOT / "pipelines").glob("*.py")]):
+        name = str(path.relative_to(ROOT))
+        sources[name] = path.read_text(encoding="utf-8")
+        tree, types = get_ast(sources[name]), annotations(sources[name])
+        for operator in operator_names():
+            kind = get_operator(operator)
+            if kind.arguments():
+                continue
+            positions = (start for node in ast_nodes(tree) for start, _ in kind().mutation_positions(node))
+            for occurrence, start in enumerate(positions):
+                if not any(first <= tuple(start) < last for first, last in types):
+                    places.setdefault((name, tuple(start)), []).append((operator, occurrence))
+    rng = random.Random(seed)
+    order = sorted(places)
+    rng.shuffle(order)
+    chosen = []
+    for name, start in order:
+        operator, occurrence = rng.choice(places[name, start])
+        code = mutate_code(sources[name], get_operator(operator)(), occurrence)
+        if code is not None and code != sources[name]:
+            chosen.append((made(name, operator, occurrence, start[0], sources[name], code), code))
+        if len(chosen) == number:
+            break
+    return chosen
+
+
+def native() -> list[tuple[Mutant, str]]:
+    """The changes of C++ code."""
+    chosen = []
+    for number, (path, old, new) in enumerate(PATCHES):
+        source = (ROOT / path).read_text(encoding="utf-8")
+        if source.count(old) != 1:
+            sys.exit(f"tests/mutants/native.py: {old!r} does not stand in {path} exactly once")
+        code = source.replace(old, new)
+        chosen.append((made(path, "native", number, source[: source.index(old)].count("\n") + 1, source, code), code))
+    return chosen
+
+
+def annotations(source: str) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """Where types stand, as (line, column): a change there fails at the import, if at all, and mypy reads them."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        for name in ("annotation", "returns"):
+            if (kind := getattr(node, name, None)) is not None:
+                found.append(((kind.lineno, kind.col_offset), (kind.end_lineno, kind.end_col_offset)))
+    return found
+
+
+def made(path: str, operator: str, occurrence: int, line: int, before: str, after: str) -> Mutant:
+    digests = (hashlib.sha256(text.encode()).hexdigest()[:16] for text in (before, after))
+    return Mutant(path, operator, occurrence, line, *digests)
+
+
+# --------------------------------------------------------------------------------------------------------------- trying
+
+
+def work(number: int, waiting: "queue.SimpleQueue[tuple[Mutant, str]]", end: float) -> None:
+    """Try what waits, one after the other, in a copy of the project of this thread's own."""
+    tree = copied(BUILD / f"tree-{number}")
+    took: dict[tuple[str, ...], float] = {}
+    while time.monotonic() < end:
+        try:
+            mutant, code = waiting.get_nowait()
+        except queue.Empty:
+            return
+        path = tree / mutant.path
+        original = path.read_text(encoding="utf-8")
+        outcome = "survived"
+        for tests in suites(mutant.path, tree):
+            if tests not in took:
+                took[tests] = time.monotonic()
+                if run(tree, tests, math.inf) != "survived":
+                    raise SystemExit(f"{' '.join(tests)} fail without any change; mend that first")
+                took[tests] = time.monotonic() - took[tests]
+            path.write_text(code, encoding="utf-8")
+            try:
+                built = build(tree) if mutant.operator == "native" else True
+                outcome = run(tree, tests, max(LEAST, SLOWER * took[tests])) if built else "killed"
+            finally:
+                path.write_text(original, encoding="utf-8")
+                if mutant.operator == "native":
+                    take_native_module(tree)
+            if outcome != "survived":
+                break
+        with RESULTS.open("a", encoding="utf-8") as file:
+            file.write(
+                json.dumps(asdict(mutant) | {"outcome": outcome, "diff": difference(mutant.path, original, code)})
+            )
+            file.write("\n")
+        print(f"{outcome:8s} {mutant.path}:{mutant.line} {mutant.operator}", flush=True)
+
+
+def copied(tree: Path) -> Path:
+    """What git has or would take, and the native module."""
+    shutil.rmtree(tree, ignore_errors=True)
+    command = ["git", "ls-files", "-coz", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    for name in filter(None, listed.stdout.decode().split("\0")):
+        if (ROOT / name).is_file():
+            (tree / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, tree / name)
+    take_native_module(tree)
+    subprocess.run(["git", "init", "-q"], cwd=tree, check=True)  # tests ask git about the project's root
+    return tree
+
+
+def take_native_module(tree: Path) -> None:
+    for path in (ROOT / "chargpt").glob("_native*"):
+        shutil.copy(path, tree / "chargpt")
+
+
+def build(tree: Path) -> bool:
+    """Make the native module of the copy; whether its code compiles."""
+    command = [str(PYTHON), "setup.py", "-q", "build_ext", "--inplace"]
+    return subprocess.run(command, cwd=tree, capture_output=True, check=False).returncode == 0
+
+
+def suites(path: str, tree: Path) -> Iterator[tuple[str, ...]]:
+    """The tests to run, those that most likely fail first."""
+    room = Path(path).parts[1].removesuffix(".py")
+    if path.startswith("pipelines/"):
+        yield ("tests/pipeline",)
+        return
+    if path.startswith("csrc/"):
+        yield ("tests/kernels", "--ignore=tests/kernels/triton")
+        return
+    if "/triton/" in path:
+        room = "triton"
+    near = NEAR.get(room, [f"tests/{room}"])
+    if all((tree / test).exists() for test in near if not test.startswith("-")):
+        yield tuple(near)
+    if room not in ("kernels", "triton"):
+        yield tuple(test for test in FAR if test not in near)
+
+
+def run(tree: Path, tests: tuple[str, ...], seconds: float) -> str:
+    command = [str(PYTHON), "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *tests]
+    environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    try:
+        done = subprocess.run(
+            command,
+            cwd=tree,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=None if seconds == math.inf else seconds,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return "hung"
+    return "survived" if done.returncode == 0 else "killed"
+
+
+def difference(path: str, before: str, after: str) -> str:
+    lines = difflib.unified_diff(before.splitlines(), after.splitlines(), path, path, n=1, lineterm="")
+    return "\n".join(lines)
+
+
+# -------------------------------------------------------------------------------------------------------------- telling
+
+
+def known() -> dict[Mutant, dict[str, str]]:
+    """What was found of each mutant so far."""
+    if not RESULTS.exists():
+        return {}
+    entries = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
+    names = Mutant.__dataclass_fields__
+    return {Mutant(**{name: entry[name] for name in names}): entry for entry in entries}
+
+
+def tell(chosen: list[Mutant], found: dict[Mutant, dict[str, str]]) -> None:
+    excused = set()
+    if EQUIVALENT.exists():
+        lines = EQUIVALENT.read_text(encoding="utf-8").splitlines()
+        excused = {tuple(line.split()[:2]) for line in lines if line and not line.startswith("#")}
+    tried = [mutant for mutant in chosen if mutant in found]
+    counted = [mutant for mutant in tried if (mutant.path, mutant.after) not in excused]
+    outcomes = Counter(found[mutant]["outcome"] for mutant in counted)
+    for mutant in counted:
+        if found[mutant]["outcome"] == "survived":
+            print(f"\n{mutant.path} {mutant.after} {mutant.operator}\n{found[mutant]['diff']}")
+    noticed, total = outcomes["killed"] + outcomes["hung"], len(counted)
+    print(f"\n{total} of {len(chosen)} tried, {len(tried) - total} more change nothing: {dict(outcomes)}")
+    if total:
+        low, high = wilson(noticed, total)
+        print(f"noticed: {noticed / total:.1%}, with 95% confidence between {low:.1%} and {high:.1%}")
+
+
+def wilson(hits: int, total: int, z: float = 1.96) -> tuple[float, float]:
+    """An interval for a share, at 95%. Wilson 1927, "Probable inference, the law of succession, …", JASA 22."""
+    share = hits / total
+    middle = (share + z * z / (2 * total)) / (1 + z * z / total)
+    half = z / (1 + z * z / total) * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
+    return middle - half, middle + half
+
+
+if __name__ == "__main__":
+    BUILD.mkdir(parents=True, exist_ok=True)
+    sys.exit(main())
