@@ -32,6 +32,9 @@ def add(commands: Commands) -> None:
     sample.add_argument(
         "--top-p", type=float, help="keep the likeliest tokens that together have this probability (default: all)"
     )
+    sample.add_argument(
+        "--keep", type=int, help="tokens of a full window that the model goes on with (default: half of them)"
+    )
     sample.add_argument("--seed", type=int, default=usual.seed, help="of the random choices (default: %(default)s)")
     sample.add_argument(
         "--unknown",
@@ -53,6 +56,7 @@ def run(arguments: argparse.Namespace) -> None:
         temperature=arguments.temperature,
         top_k=arguments.top_k,
         top_p=arguments.top_p,
+        keep=arguments.keep,
         unknown=arguments.unknown,
         seed=arguments.seed,
     )

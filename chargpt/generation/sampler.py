@@ -1,4 +1,7 @@
-"""Generation, as small pure functions: logits to probabilities, probabilities to a token, tokens to text."""
+"""Generation, as small pure functions: logits to probabilities, probabilities to a token, tokens to text.
+
+The one idea to know: the model reads each token once, into a cache, and goes on with the last half of a full window.
+"""
 
 from collections.abc import Iterator
 
@@ -6,8 +9,11 @@ import torch
 
 from chargpt.config import SampleConfig
 from chargpt.errors import ChargptError, TokenizerError
+from chargpt.kernels import philox
 from chargpt.models import LanguageModel
 from chargpt.tokenizers import Tokenizer
+
+BLOCK = 256  # positions whose random numbers are made at once
 
 
 def next_token_probabilities(
@@ -39,6 +45,32 @@ def next_token_probabilities(
     return probabilities.float()
 
 
+def uniforms(seed: int, samples: int, position: int) -> torch.Tensor:
+    """Numbers in [0, 1) for each of `samples` samples at BLOCK positions from `position` on: (BLOCK, samples), float64.
+
+    A function of seed, sample and position alone (Philox with the counter (position, sample, 0, 1)), so a sample is the
+    same whatever else is drawn beside it, and however much of it is.
+    """
+    key = torch.tensor(seed & philox.LOW), torch.tensor(seed >> 32 & philox.LOW)
+    counter = (
+        torch.arange(position, position + BLOCK)[:, None],
+        torch.arange(samples),
+        torch.tensor(0),
+        torch.tensor(1),  # attention's dropout has 0 here
+    )
+    high, low, _, _ = philox.philox_4x32(counter, key)
+    return ((high << 21) + (low >> 11)).double() * 2.0**-53
+
+
+def draw(probabilities: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """The token (B, 1) where the running sum of `probabilities` (B, V) first exceeds `uniform` (B,), each in [0, 1)."""
+    reached = probabilities.double().cumsum(-1)  # (B, V)
+    wanted = uniform.to(reached)[:, None] * reached[:, -1:]
+    token = torch.searchsorted(reached, wanted, right=True)
+    last = (probabilities > 0).cumsum(-1).argmax(-1, keepdim=True)  # rounding must not lead behind what can be
+    return torch.minimum(token, last)
+
+
 @torch.no_grad()
 def stream_tokens(
     model: LanguageModel,
@@ -48,17 +80,31 @@ def stream_tokens(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
-    generator: torch.Generator | None = None,
+    seed: int = 0,
+    keep: int | None = None,
 ) -> Iterator[torch.Tensor]:
-    """Yield `max_new_tokens` times the next token (B, 1) after `idx` (B, T); the model sees the last block_size."""
-    window = idx
-    for _ in range(max_new_tokens):
-        window = window[:, -model.block_size :]
-        logits = model.logits(model.hidden(window)[:, -1])  # (B, V)
+    """Yield `max_new_tokens` times the next token (B, 1) after `idx` (B, T); the model sees block_size at most.
+
+    Every token is read once, until the window is full. Then the model goes on with the last `keep` tokens of it (None:
+    half of them), which it reads again: so it always sees a window as it was trained on. With keep=block_size the
+    window slides, and all of it is read for every token.
+
+    seed: row i is sample i of it, as `uniforms` says
+    """
+    keep = max(1, model.block_size // 2) if keep is None else min(keep, model.block_size)
+    window = unread = idx[:, -model.block_size :]
+    cache = model.new_cache()
+    for position in range(max_new_tokens):
+        if cache.length + unread.size(1) > model.block_size:
+            cache.clear()
+            unread = window = window[:, -keep:]
+        if position % BLOCK == 0:
+            numbers = uniforms(seed, len(idx), position)  # (BLOCK, B)
+        logits = model.logits(model.hidden(unread, cache)[:, -1])  # (B, V)
         probabilities = next_token_probabilities(logits, temperature, top_k, top_p)  # (B, V)
-        token = torch.multinomial(probabilities, 1, generator=generator)  # (B, 1)
-        window = torch.cat([window, token], dim=1)
-        yield token
+        unread = draw(probabilities, numbers[position % BLOCK])  # (B, 1)
+        window = torch.cat([window, unread], dim=1)
+        yield unread
 
 
 def generate(model: LanguageModel, idx: torch.Tensor, max_new_tokens: int, **options: object) -> torch.Tensor:
@@ -79,8 +125,6 @@ def stream_text(
 
 
 def _stream(model: LanguageModel, tokenizer: Tokenizer, idx: torch.Tensor, config: SampleConfig) -> Iterator[list[str]]:
-    device = idx.device
-    generator = torch.Generator(device=device).manual_seed(config.seed)
     decoders = [tokenizer.decoder() for _ in range(config.num_samples)]
     for token in stream_tokens(
         model,
@@ -89,7 +133,8 @@ def _stream(model: LanguageModel, tokenizer: Tokenizer, idx: torch.Tensor, confi
         temperature=config.temperature,
         top_k=config.top_k,
         top_p=config.top_p,
-        generator=generator,
+        seed=config.seed,
+        keep=config.keep,
     ):
         yield [decode(row) for decode, row in zip(decoders, token.cpu().numpy(), strict=True)]
 

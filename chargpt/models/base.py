@@ -9,6 +9,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import nn
 
+from chargpt.models.cache import Cache
+
 
 class LanguageModel(nn.Module, ABC):
     """Shapes: B batch, T ≤ block_size time, C what `hidden` gives for a token, V vocabulary."""
@@ -18,8 +20,17 @@ class LanguageModel(nn.Module, ABC):
     backend: str  # who computes the operations, as `chargpt.kernels` takes it in `impl`
 
     @abstractmethod
-    def hidden(self, idx: torch.Tensor) -> torch.Tensor:
-        """Hidden states (B, T, C) of `idx` (B, T). Raises ValueError for T above block_size."""
+    def new_cache(self) -> Cache:
+        """An empty cache for `hidden`."""
+
+    @abstractmethod
+    def hidden(self, idx: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
+        """Hidden states (B, T, C) of `idx` (B, T).
+
+        cache: of `new_cache`: what was read of these windows so far, which `idx` goes on; it keeps what is read now
+
+        Raises ValueError for more than block_size tokens in a window.
+        """
 
     @abstractmethod
     def logits(self, h: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ from torch import nn
 from chargpt.config import BigramConfig
 from chargpt.kernels import softmax_cross_entropy
 from chargpt.models.base import LanguageModel
+from chargpt.models.cache import Cache
 
 
 class BigramLanguageModel(LanguageModel):
@@ -17,8 +18,13 @@ class BigramLanguageModel(LanguageModel):
         self.block_size, self.width = config.block_size, vocab_size  # tokens of context; C
         self.token_table = nn.Embedding(vocab_size, vocab_size)
 
-    def hidden(self, idx: torch.Tensor) -> torch.Tensor:
+    def new_cache(self) -> Cache:
+        return Cache()
+
+    def hidden(self, idx: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
         """The row (B, T, V) of each of `idx` (B, T): a bigram has no more inside."""
+        if cache is not None:
+            cache.length += idx.size(1)
         return self.token_table(idx)  # type: ignore[no-any-return]
 
     def logits(self, h: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ from torch import nn
 
 from chargpt.kernels import softmax_cross_entropy
 from chargpt.models.base import LanguageModel
+from chargpt.models.cache import Cache, EnsembleCache
 
 if TYPE_CHECKING:
     from chargpt.models import Model
@@ -28,9 +29,17 @@ class Ensemble(LanguageModel):
         self.block_size = min(member.block_size for member in members)
         self.vocab_size = members[0].vocab_size
 
-    def hidden(self, idx: torch.Tensor) -> torch.Tensor:
+    def new_cache(self) -> Cache:
+        return EnsembleCache([member.new_cache() for member in self._models()])
+
+    def hidden(self, idx: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
         """The members' hidden states of `idx` (B, T) side by side: (B, T, C₁ + C₂ + …)."""
-        return torch.cat([member.hidden(idx) for member in self._models()], -1)
+        if cache is None:
+            return torch.cat([member.hidden(idx) for member in self._models()], -1)
+        assert isinstance(cache, EnsembleCache)
+        cache.length += idx.size(1)
+        members = zip(self._models(), cache.members, strict=True)
+        return torch.cat([member.hidden(idx, own) for member, own in members], -1)
 
     def logits(self, h: torch.Tensor) -> torch.Tensor:
         """Logits (…, V), float32, of the members' mean probability, from hidden states (…, C₁ + C₂ + …)."""

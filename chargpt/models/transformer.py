@@ -14,6 +14,7 @@ from torch import nn
 from chargpt.config import TransformerConfig
 from chargpt.kernels import add_rms_norm, causal_attention, linear_cross_entropy, qkv_heads, relu_squared
 from chargpt.models.base import LanguageModel
+from chargpt.models.cache import Cache, LayerCache, TransformerCache, require_room
 
 BIGRAM_ROWS = 2**16  # the most that a table of token pairs takes
 
@@ -80,10 +81,12 @@ class CausalSelfAttention(nn.Module):
             nn.Linear(config.n_embd, config.n_embd, bias=config.bias) if config.residual else nn.Identity()
         )
 
-    def forward(self, x: torch.Tensor, idx: torch.Tensor) -> torch.Tensor:  # (B, T, C), (B, T)
+    def forward(
+        self, x: torch.Tensor, idx: torch.Tensor, cache: LayerCache | None = None, start: int = 0
+    ) -> torch.Tensor:  # (B, T, C), (B, T); start: the first token's position
         B, T, C = x.shape
         rows = None if self.value_embedding is None else self.value_embedding(idx)  # (B, T, H_kv · D)
-        cos, sin = (None, None) if self.rotary is None else self.rotary.angles()
+        cos, sin = (None, None) if self.rotary is None else (angles[start:] for angles in self.rotary.angles())
         q, k, v = qkv_heads(
             self.qkv(x),
             rows,
@@ -94,6 +97,8 @@ class CausalSelfAttention(nn.Module):
             qk_norm=self.qk_norm,
             impl=self.backend,
         )  # (B, H or H_kv, T, D)
+        if cache is not None:
+            k, v = cache.extend(start, k, v)  # (B, H_kv, S, D)
         y = causal_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, impl=self.backend)
         y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side
         return F.dropout(self.projection(y), self.dropout, self.training)
@@ -137,10 +142,15 @@ class Block(nn.Module):
         self.mlp = MLP(config, backend) if config.mlp != "none" else None
 
     def forward(
-        self, x: torch.Tensor, branch: torch.Tensor | None, idx: torch.Tensor
+        self,
+        x: torch.Tensor,
+        branch: torch.Tensor | None,
+        idx: torch.Tensor,
+        cache: LayerCache | None = None,
+        start: int = 0,
     ) -> tuple[torch.Tensor, torch.Tensor]:  # (B, T, C) each; idx (B, T)
         x, h = self.attention_norm(x, branch)
-        branch = self.attention(h, idx)
+        branch = self.attention(h, idx, cache, start)
         if self.mlp is not None and self.mlp_norm is not None:
             x, h = self.mlp_norm(x, branch)
             branch = self.mlp(h)
@@ -169,21 +179,26 @@ class Transformer(LanguageModel):
         self.head = None if config.tied_head else nn.Linear(config.n_embd, vocab_size, bias=config.bias)
         self._initialise(seed)
 
-    def hidden(self, idx: torch.Tensor) -> torch.Tensor:
+    def new_cache(self) -> Cache:
+        return TransformerCache(self.config.n_layer, self.block_size)
+
+    def hidden(self, idx: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
         """What the head reads for each of `idx` (B, T): (B, T, C)."""
-        T = idx.size(1)
-        if self.block_size < T:
-            raise ValueError(f"{T} tokens were fed to a model whose block_size is {self.block_size}")
+        assert cache is None or isinstance(cache, TransformerCache)
+        start, T = 0 if cache is None else cache.length, idx.size(1)
+        require_room(start, T, self.block_size)
         x = self.token_embedding(idx)  # (B, T, C)
         if self.bigram_embedding is not None:
-            x = x + self.bigram_embedding(self._bigrams(idx))
+            x = x + self.bigram_embedding(self._bigrams(idx, None if cache is None else cache.last))
         if self.position_embedding is not None:
-            x = x + self.position_embedding.weight[:T]
+            x = x + self.position_embedding.weight[start : start + T]
         x = F.dropout(x, self.config.dropout, self.training)
         branch = None
-        for block in self.blocks:
-            x, branch = block(x, branch, idx)
+        for i, block in enumerate(self.blocks):
+            x, branch = block(x, branch, idx, None if cache is None else cache.layers[i], start)
         _, x = self.norm(x, branch)
+        if cache is not None:
+            cache.length, cache.last = start + T, idx[:, -1:]
         return x  # type: ignore[no-any-return]
 
     def logits(self, h: torch.Tensor) -> torch.Tensor:
@@ -201,13 +216,15 @@ class Transformer(LanguageModel):
     def _head(self) -> tuple[torch.Tensor, torch.Tensor | None]:  # (V, C), (V,)
         return (self.token_embedding.weight, None) if self.head is None else (self.head.weight, self.head.bias)
 
-    def _bigrams(self, idx: torch.Tensor) -> torch.Tensor:
-        """The row (B, T) of each token and the one before it in the table of pairs; the first token stands for both.
+    def _bigrams(self, idx: torch.Tensor, last: torch.Tensor | None = None) -> torch.Tensor:
+        """The row (B, T) of each token and the one before it in the table of pairs. The first is behind
+        `last` (B, 1); where there is none, it stands for both.
 
         Vocabularies with more pairs than rows share rows, spread by a multiplication (Knuth, TAOCP 3, section 6.4).
         """
         assert self.bigram_embedding is not None
-        pairs = F.pad(idx, (1, 0), mode="replicate")[:, :-1] * self.vocab_size + idx
+        before = torch.cat([idx[:, :1] if last is None else last, idx[:, :-1]], 1)
+        pairs = before * self.vocab_size + idx
         rows = self.bigram_embedding.num_embeddings
         return pairs if rows == self.vocab_size**2 else pairs * 2654435761 % 2**32 % rows
 

@@ -19,8 +19,11 @@ from chargpt.generation import (
     stream_text,
     stream_tokens,
 )
+from chargpt.generation.sampler import BLOCK, draw, uniforms
 from chargpt.models import build_model
+from chargpt.models.cache import Cache
 from chargpt.tokenizers import CharacterTokenizer
+from kernels.cases import naive_philox
 
 TOKENIZER = CharacterTokenizer("\nabcdefgh ")
 SMALL = TransformerConfig(block_size=6, n_layer=1, n_head=2, n_embd=8)
@@ -33,8 +36,13 @@ class SpyModel:
         self.block_size, self.vocab_size = block_size, vocab_size
         self.fed: list[list[list[int]]] = []
 
-    def hidden(self, idx: torch.Tensor) -> torch.Tensor:
+    def new_cache(self) -> Cache:
+        return Cache()
+
+    def hidden(self, idx: torch.Tensor, cache: Cache) -> torch.Tensor:
         self.fed.append(idx.tolist())
+        cache.length += idx.size(1)
+        assert cache.length <= self.block_size
         return idx[..., None]  # (B, T, 1)
 
     def logits(self, h: torch.Tensor) -> torch.Tensor:
@@ -169,15 +177,24 @@ def test_the_logits_are_left_alone() -> None:
 
 @pytest.mark.parametrize("length", [1, 5, 6, 7, 40])  # below, at and above block_size
 @pytest.mark.parametrize("new", [0, 1, 20])
-def test_generate_appends_and_feeds_at_most_block_size_tokens(length: int, new: int) -> None:
+@pytest.mark.parametrize("keep", [None, 1, 2, 5, 6, 9])
+def test_generate_appends_and_reads_each_token_once_until_the_window_is_full(
+    length: int, new: int, keep: int | None
+) -> None:
     model = SpyModel(block_size=6)
     idx = torch.randint(10, (3, length))
-    out = generate(model, idx, new, temperature=0)
+    out = generate(model, idx, new, temperature=0, keep=keep)
     assert out.shape == (3, length + new)
     assert torch.equal(out[:, :length], idx)
     assert len(model.fed) == new
+    held = min(length, 6)
     for step, fed in enumerate(model.fed):
-        assert fed == out[:, max(0, length + step - 6) : length + step].tolist()
+        read = held if step == 0 else 1
+        if step > 0 and held == 6:
+            read = held = min(keep or 3, 6)
+        elif step > 0:
+            held += 1
+        assert fed == out[:, length + step - read : length + step].tolist()
     assert all((a + 1) % 10 == b for row in out.tolist() for a, b in itertools.pairwise(row[length - 1 :]))
 
 
@@ -194,9 +211,40 @@ def test_real_models_generate_from_a_single_token(config: BigramConfig | Transfo
 def test_frequencies_follow_the_probabilities() -> None:
     model = build_model(BigramConfig(), vocab_size=5, seed=0)
     idx = torch.full((20_000, 1), 2)
-    drawn = generate(model, idx, 1, generator=torch.Generator().manual_seed(0))[:, 1]
+    drawn = generate(model, idx, 1, seed=0)[:, 1]
     frequencies = torch.bincount(drawn, minlength=5) / len(drawn)
     torch.testing.assert_close(frequencies, model.token_table.weight[2].softmax(-1).detach(), atol=0.015, rtol=0)
+
+
+def naive_uniform(seed: int, sample: int, position: int) -> float:
+    high, low, _, _ = naive_philox((position, sample, 0, 1), (seed % 2**32, seed // 2**32))
+    return (high * 2**21 + low // 2**11) / 2**53
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**32 + 5, 2**62 + 12345])
+def test_random_numbers_are_a_function_of_seed_sample_and_position(seed: int) -> None:
+    numbers = torch.cat([uniforms(seed, 3, 0), uniforms(seed, 3, BLOCK)])
+    for sample, position in ((0, 0), (2, 0), (1, 7), (0, BLOCK - 1), (2, BLOCK), (1, 2 * BLOCK - 1)):
+        assert numbers[position, sample].item() == naive_uniform(seed, sample, position)
+    assert torch.equal(uniforms(seed, 2, 0), uniforms(seed, 3, 0)[:, :2])
+    assert 0.45 < numbers.mean() < 0.55
+
+
+def test_a_draw_is_where_the_running_sum_passes_the_number() -> None:
+    probabilities = torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0]])
+    below_1 = 1 - 2.0**-53
+    for number, token in ((0.0, 1), (0.2499, 1), (0.25, 3), (0.9, 3), (below_1, 3)):
+        assert draw(probabilities, torch.tensor([number], dtype=torch.float64)).tolist() == [[token]]
+    spread = torch.rand(1, 1000, generator=torch.Generator().manual_seed(0)) * (torch.arange(1000) < 900)
+    assert draw(spread, torch.tensor([below_1], dtype=torch.float64)).item() < 900  # never one that cannot be
+
+
+def test_a_sample_is_the_same_alone_and_beside_others_and_however_much_of_it() -> None:
+    model = build_model(SMALL, vocab_size=10, seed=0).double().eval()
+    idx = torch.zeros(1, 1, dtype=torch.long)
+    alone = generate(model, idx, 600, seed=3)
+    assert torch.equal(generate(model, idx.expand(4, -1), 600, seed=3)[:1], alone)
+    assert torch.equal(generate(model, idx, 20, seed=3), alone[:, :21])
 
 
 def test_sampling_has_a_generator_of_its_own() -> None:

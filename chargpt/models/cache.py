@@ -1,0 +1,71 @@
+"""What a model has read of a batch of windows, so that it reads no token twice.
+
+The one idea to know: what a layer keeps of a token depends on the tokens before it and on its place in the window. So a
+cache may only grow at its end. A window that slides needs a new one: what a deeper layer kept still carries tokens that
+the window has lost (Xiao et al. 2023, arXiv 2309.17453, keep it all the same; here it is read again).
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+
+class Cache:
+    """How many tokens were read. Enough for a model that looks at the last one alone."""
+
+    def __init__(self) -> None:
+        self.length = 0
+
+    def clear(self) -> None:
+        """Forget all; the memory stays."""
+        self.length = 0
+
+
+class LayerCache:
+    """Keys and values of one layer in memory for a whole window: (B, H_kv, block_size, D), made when the first come."""
+
+    def __init__(self, block_size: int) -> None:
+        self.block_size = block_size
+        self._held: tuple[Tensor, Tensor] | None = None
+
+    def extend(self, start: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep k and v (B, H_kv, T, D) at positions `start` to start + T; returns all of (B, H_kv, start + T, D)."""
+        B, H, T, D = k.shape
+        if self._held is None or self._held[0].shape[0] != B:
+            self._held = k.new_empty(B, H, self.block_size, D), v.new_empty(B, H, self.block_size, D)
+        for held, new in zip(self._held, (k, v), strict=True):
+            held[:, :, start : start + T] = new
+        keys, values = self._held
+        return keys[:, :, : start + T], values[:, :, : start + T]
+
+
+class TransformerCache(Cache):
+    """The layers' keys and values, and the last token, which the next one's pair begins with."""
+
+    def __init__(self, n_layer: int, block_size: int) -> None:
+        super().__init__()
+        self.layers = [LayerCache(block_size) for _ in range(n_layer)]
+        self.last: Tensor | None = None  # (B, 1)
+
+    def clear(self) -> None:
+        super().clear()
+        self.last = None
+
+
+class EnsembleCache(Cache):
+    """One for each member."""
+
+    def __init__(self, members: Sequence[Cache]) -> None:
+        super().__init__()
+        self.members = members
+
+    def clear(self) -> None:
+        super().clear()
+        for member in self.members:
+            member.clear()
+
+
+def require_room(read: int, more: int, block_size: int) -> None:
+    """Raise ValueError when a window of `read` tokens and `more` is longer than block_size."""
+    if read + more > block_size:
+        raise ValueError(f"{read + more} tokens were fed to a model whose block_size is {block_size}")

@@ -1,0 +1,126 @@
+"""With a cache a model says what it says without one, at every step, whatever its parts."""
+
+import itertools
+
+import pytest
+import torch
+
+from chargpt.config import BigramConfig, ModelConfig, TransformerConfig
+from chargpt.generation import generate
+from chargpt.generation.sampler import stream_tokens
+from chargpt.models import Ensemble, LanguageModel, build_model
+
+V, BLOCK_SIZE = 11, 8
+
+
+def combinations() -> list[TransformerConfig]:
+    """Every pair of choices that a cache could get wrong, and each with one layer and with three."""
+    parts = {
+        "position": ("none", "learned", "rotary"),
+        "norm": ("layernorm", "rmsnorm"),
+        "n_kv_head": (None, 1),
+        "bigram_embeddings": (False, True),
+        "value_embeddings": (False, True),
+        "n_layer": (1, 3),
+    }
+    found = []
+    for values in itertools.product(*parts.values()):
+        changes = dict(zip(parts, values, strict=True))
+        found.append(TransformerConfig(**{"block_size": BLOCK_SIZE, "n_head": 2, "n_embd": 8} | changes))
+    return found[::5] + found[1::7]
+
+
+def random_model(config: ModelConfig, seed: int = 0) -> LanguageModel:
+    """In float64, with weights so large that every part matters."""
+    model = build_model(config, V, seed=seed, backend="torch").double().eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    return model
+
+
+def fed(length: int, rows: int = 3) -> torch.Tensor:
+    return torch.randint(V, (rows, length), generator=torch.Generator().manual_seed(length))
+
+
+@pytest.mark.parametrize("config", combinations(), ids=str)
+@torch.no_grad()
+def test_reading_piece_by_piece_is_reading_at_once(config: TransformerConfig) -> None:
+    model, idx = random_model(config), fed(BLOCK_SIZE)
+    whole = model.hidden(idx)
+    for pieces in ([1] * BLOCK_SIZE, [3, 1, 1, 3], [7, 1], [BLOCK_SIZE]):
+        cache, found = model.new_cache(), []
+        for piece in idx.split(pieces, dim=1):
+            found.append(model.hidden(piece, cache))
+        assert cache.length == BLOCK_SIZE
+        torch.testing.assert_close(torch.cat(found, 1), whole, rtol=1e-10, atol=1e-12)
+        cache.clear()
+        torch.testing.assert_close(model.hidden(idx[:, :5], cache), model.hidden(idx[:, :5]), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("config", combinations()[::3], ids=str)
+@pytest.mark.parametrize("keep", [None, 1, BLOCK_SIZE - 1, BLOCK_SIZE])
+@torch.no_grad()
+def test_every_step_is_the_models_answer_to_the_window_that_is_held(
+    config: TransformerConfig, keep: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over three windows: half of a full one is kept."""
+    model, seen = random_model(config), []
+    logits_of = model.logits
+
+    def logits(h: torch.Tensor) -> torch.Tensor:
+        seen.append(logits_of(h))
+        return seen[-1]
+
+    monkeypatch.setattr(model, "logits", logits)
+    prompt = fed(3)
+    out = generate(model, prompt, 3 * BLOCK_SIZE, seed=1, keep=keep)
+    held = 0
+    for step, got in enumerate(seen):
+        held = 3 if step == 0 else held + 1 if held < BLOCK_SIZE else keep or BLOCK_SIZE // 2
+        window = out[:, 3 + step - held : 3 + step]
+        torch.testing.assert_close(got, logits_of(model.hidden(window)[:, -1]), rtol=1e-10, atol=1e-12)
+
+
+@torch.no_grad()
+def test_a_cache_that_slides_would_say_something_else() -> None:
+    """With two layers: the second keeps what the first had made of tokens that are no longer in the window."""
+    config = TransformerConfig(block_size=BLOCK_SIZE, n_layer=2, n_head=2, n_embd=8, position="none")
+    model, idx = random_model(config), fed(BLOCK_SIZE + 1)
+    cache = model.new_cache()
+    model.hidden(idx[:, :-1], cache)
+    for layer in cache.layers:
+        for held in layer._held:
+            held.copy_(held.roll(-1, 2))
+    cache.length -= 1
+    slid = model.hidden(idx[:, -1:], cache)[:, -1]
+    assert not torch.allclose(slid, model.hidden(idx[:, 1:])[:, -1], rtol=1e-3)
+
+
+@torch.no_grad()
+def test_an_ensemble_has_a_cache_for_each_member() -> None:
+    small = TransformerConfig(block_size=BLOCK_SIZE, n_layer=2, n_head=2, n_embd=8)
+    large = TransformerConfig(block_size=2 * BLOCK_SIZE, n_layer=1, n_head=2, n_embd=8, position="rotary")
+    ensemble = Ensemble([random_model(small), random_model(large, seed=1)], backend="torch")
+    idx, cache = fed(BLOCK_SIZE), ensemble.new_cache()
+    found = torch.cat([ensemble.hidden(idx[:, i : i + 1], cache) for i in range(BLOCK_SIZE)], 1)
+    torch.testing.assert_close(found, ensemble.hidden(idx), rtol=1e-10, atol=1e-12)
+    with pytest.raises(ValueError, match="9 tokens were fed to a model whose block_size is 8"):
+        ensemble.hidden(idx[:, :1], cache)
+    cache.clear()
+    assert torch.equal(ensemble.hidden(idx, cache), ensemble.hidden(idx))
+    assert generate(ensemble, idx, 3 * BLOCK_SIZE).shape == (3, 4 * BLOCK_SIZE)
+
+
+def test_more_than_a_window_is_refused() -> None:
+    model = random_model(TransformerConfig(block_size=BLOCK_SIZE, n_layer=1, n_head=1, n_embd=4))
+    cache = model.new_cache()
+    model.hidden(fed(5), cache)
+    with pytest.raises(ValueError, match="9 tokens were fed to a model whose block_size is 8"):
+        model.hidden(fed(4), cache)
+
+
+def test_a_bigram_needs_no_window() -> None:
+    model = build_model(BigramConfig(block_size=2), V, seed=0).eval()
+    assert len(list(stream_tokens(model, fed(1), 9))) == 9
