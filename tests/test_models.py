@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -581,3 +582,14 @@ def test_the_logits_of_one_position_are_those_of_all(softcap: float | None) -> N
     torch.testing.assert_close(
         logits_of(Ensemble(members), idx).softmax(-1).double(), probabilities, rtol=1e-5, atol=1e-7
     )
+
+
+def test_a_quantised_model_generates() -> None:
+    """torch replaces linear layers by others, whose weights are no tensors."""
+    model = build_model(tiny(tied_head=False, n_embd=32), V, seed=0).eval()
+    x, _ = batch()
+    expected = logits_of(model, x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.ao is on its way out of torch
+        quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    assert (logits_of(quantised, x) - expected).abs().max() < 0.1 * expected.abs().max()

@@ -203,7 +203,8 @@ class Transformer(LanguageModel):
 
     def logits(self, h: torch.Tensor) -> torch.Tensor:
         """Logits (…, V) for the token after each of the hidden states (…, C)."""
-        logits = F.linear(h, *self._head())
+        # The head as a module, so that one that replaced it, a quantised one say, is taken.
+        logits = F.linear(h, self.token_embedding.weight) if self.head is None else self.head(h)
         cap = self.config.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 

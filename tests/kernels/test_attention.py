@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from chargpt.kernels import causal_attention
 
@@ -274,3 +275,13 @@ def test_operators_pass_opcheck(case: AttentionCase, dtype: torch.dtype, dropout
     torch.library.opcheck(
         torch.ops.chargpt.causal_attention_backward.default, (*gradients, q, k, v, out, lse, *options)
     )
+
+
+@pytest.mark.parametrize("impl", sorted({*IMPLEMENTATIONS} - {"torch"}))
+def test_torchs_counter_counts_attention(impl: str) -> None:
+    """As its own kernels: two products of (T, D) and (D, S) forward, five backward, and what is hidden too."""
+    q, k, v = (torch.randn(2, heads, T, 8, requires_grad=True) for heads, T in ((4, 6), (2, 10), (2, 10)))
+    for _ in range(2):
+        with FlopCounterMode(display=False) as counter:
+            causal_attention(q, k, v, impl=impl).sum().backward()
+        assert counter.get_total_flops() == 7 * 2 * 2 * 4 * 6 * 10 * 8

@@ -174,7 +174,8 @@ def work(number: int, waiting: "queue.SimpleQueue[tuple[Mutant, str]]", end: flo
             if tests not in took:
                 took[tests] = time.monotonic()
                 if run(tree, tests, math.inf) != "survived":
-                    raise SystemExit(f"{' '.join(tests)} fail without any change; mend that first")
+                    print(f"{' '.join(tests)} fail without any change; mend that first", flush=True)
+                    return
                 took[tests] = time.monotonic() - took[tests]
             path.write_text(code, encoding="utf-8")
             try:

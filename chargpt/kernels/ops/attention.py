@@ -5,6 +5,7 @@ seed on the CPU becomes an argument of the launch, which a graph would repeat: w
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, Literal, overload
 
 import torch
@@ -203,6 +204,7 @@ def register(library: OperatorLibrary) -> Any:
         lambda *arguments: call("causal_attention_forward", *arguments),
         _fake_attend,
         (_save_for_attend, differentiate),
+        lambda q, k, *_, **__: 2 * _product_flops(q, k),
     )
     library.define(
         "causal_attention_backward",
@@ -215,6 +217,7 @@ def register(library: OperatorLibrary) -> Any:
         ),
         _fake_attend_backward,
         (_save_for_attend_backward, _differentiate_attend_backward),
+        lambda _, __, q, k, *___, **____: 5 * _product_flops(q, k),
     )
 
     def attend(
@@ -233,10 +236,17 @@ def register(library: OperatorLibrary) -> Any:
         if q.shape[-1] > MAX_HEAD_SIZE or only_reference(q, k, v):
             named: Any = dict(zip(NAMES, options, strict=True))
             return reference(q, k, v, **named, return_lse=return_lse)
+        library.count_flops()
         outputs = library.ops.causal_attention(q, k, v, *options)
         return outputs if return_lse else outputs[0]  # type: ignore[no-any-return]
 
     return attend
+
+
+def _product_flops(q: Sequence[int], k: Sequence[int]) -> int:
+    """Of one product of a (T, D) and a (D, S) matrix for each head; what is hidden is counted too, as torch does."""
+    B, H, T, D = q
+    return 2 * B * H * T * k[2] * D
 
 
 def _fake_attend(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:

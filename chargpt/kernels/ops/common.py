@@ -5,6 +5,7 @@ what torch.compile, fake tensors and dispatch modes can see. Inside torch.func t
 because they do not look into operators that are registered from Python.
 """
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -48,6 +49,7 @@ class OperatorLibrary:
         self._library = torch.library.Library(namespace, "DEF")  # type: ignore[no-untyped-call]
         self.device, self.kernels, self.gradient_in_forward = device, kernels, gradient_in_forward
         self.ops = getattr(torch.ops, namespace)
+        self._flops: dict[Any, Callable[..., int]] = {}  # by the operator
         self.functions: Mapping[str, Callable[..., Any]] = {one.name: one.register(self) for one in operations}
 
     def __getitem__(self, operation: str) -> Callable[..., Any]:
@@ -60,8 +62,9 @@ class OperatorLibrary:
         kernel: Callable[..., Any],
         fake: Callable[..., Any],
         autograd: tuple[Callable[..., Any], Callable[..., Any]] | None = None,
+        flops: Callable[..., int] | None = None,
     ) -> None:
-        """autograd: what to save, and how to differentiate."""
+        """autograd: what to save, and how to differentiate. flops: from the arguments' shapes, for `count_flops`."""
         self._library.define(name + schema)  # type: ignore[no-untyped-call]
         self._library.impl(name, kernel, self.device)  # type: ignore[no-untyped-call]
         qualified = f"{self._library.ns}::{name}"
@@ -69,6 +72,22 @@ class OperatorLibrary:
         if autograd is not None:
             save, differentiate = autograd
             torch.library.register_autograd(qualified, differentiate, setup_context=save, lib=self._library)
+        if flops is not None:
+            self._flops[getattr(self.ops, name)] = flops
+
+    def count_flops(self) -> None:
+        """Tell torch's FlopCounterMode about the operators, where one listens: the import takes a while."""
+        if torch.compiler.is_compiling() or "torch.utils.flop_counter" not in sys.modules:
+            return
+        from torch.utils import _python_dispatch, flop_counter
+
+        for operator, formula in self._flops.items():
+            if operator not in flop_counter.flop_registry:
+                flop_counter.register_flop_formula(operator)(formula)
+        for mode in _python_dispatch._get_current_dispatch_mode_stack():
+            if isinstance(counter := getattr(mode, "counter", None), flop_counter.FlopCounterMode):
+                for operator in self._flops:  # it took a copy when it was made
+                    counter.flop_registry[operator] = flop_counter.flop_registry[operator]
 
 
 def only_reference(*tensors: Tensor | None) -> bool:
