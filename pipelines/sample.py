@@ -26,7 +26,7 @@ def main() -> None:
 
     settings = ", ".join(
         f"{name} {value}"
-        for name in ("temperature", "top_k", "top_p", "keep", "seed")
+        for name in ("temperature", "top_k", "top_p", "min_p", "keep", "seed")
         if (value := getattr(config, name)) is not None
     )
     parts = []

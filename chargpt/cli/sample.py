@@ -1,6 +1,8 @@
 """`chargpt sample`: text from a model."""
 
 import argparse
+import sys
+import time
 from pathlib import Path
 
 from chargpt.cli.parsing import CHECKPOINTS, DEVICES, Commands, command
@@ -9,6 +11,7 @@ from chargpt.errors import ConfigError
 
 EXAMPLES = """examples:
   chargpt sample runs/my --prompt "ROMEO:" --stream
+  chargpt sample runs/my --prompt-file scene.txt --stop "JULIET:" --max-new-tokens 2000
   chargpt sample models/nanogpt-cpu-s1 --num-samples 3 --temperature 1.0 --top-p 0.95"""
 
 
@@ -16,7 +19,9 @@ def add(commands: Commands) -> None:
     usual = SampleConfig()
     sample = command(commands, "sample", run, EXAMPLES, "Generate text from a run or a checkpoint.")
     sample.add_argument("checkpoints", metavar="checkpoint", type=Path, nargs="+", help=CHECKPOINTS)
-    sample.add_argument("--prompt", default="", help="text to go on from (default: none)")
+    prompt = sample.add_mutually_exclusive_group()
+    prompt.add_argument("--prompt", default="", help="text to go on from (default: none)")
+    prompt.add_argument("--prompt-file", metavar="FILE", help="the same from a file in UTF-8; - for standard input")
     sample.add_argument("--stream", action="store_true", help="print each token as it comes")
     sample.add_argument("--num-samples", type=int, default=usual.num_samples, help="samples (default: %(default)s)")
     sample.add_argument(
@@ -31,6 +36,16 @@ def add(commands: Commands) -> None:
     sample.add_argument("--top-k", type=int, help="keep the k likeliest tokens (default: all)")
     sample.add_argument(
         "--top-p", type=float, help="keep the likeliest tokens that together have this probability (default: all)"
+    )
+    sample.add_argument(
+        "--min-p", type=float, help="drop tokens below this share of the likeliest one's probability (default: none)"
+    )
+    sample.add_argument(
+        "--stop",
+        metavar="TEXT",
+        action="append",
+        default=[],
+        help="end at this text, which is not shown; may be given several times",
     )
     sample.add_argument(
         "--keep", type=int, help="tokens of a full window that the model goes on with (default: half of them)"
@@ -56,6 +71,8 @@ def run(arguments: argparse.Namespace) -> None:
         temperature=arguments.temperature,
         top_k=arguments.top_k,
         top_p=arguments.top_p,
+        min_p=arguments.min_p,
+        stop=tuple(arguments.stop),
         keep=arguments.keep,
         unknown=arguments.unknown,
         seed=arguments.seed,
@@ -64,11 +81,28 @@ def run(arguments: argparse.Namespace) -> None:
         raise ConfigError("--stream shows one sample; leave out --stream or --num-samples")
     device = resolve_device(arguments.device)
     model, tokenizer = load_ensemble(arguments.checkpoints, device)
-    if arguments.stream:
-        pieces = stream_text(model, tokenizer, arguments.prompt, config, device)
-        print(arguments.prompt, end="", flush=True)
-        for (piece,) in pieces:
-            print(piece, end="", flush=True)
-        print()
+    prompt = arguments.prompt if arguments.prompt_file is None else read_prompt(arguments.prompt_file)
+    if not arguments.stream:
+        print("\n---\n".join(generate_text(model, tokenizer, prompt, config, device)))
         return
-    print("\n---\n".join(generate_text(model, tokenizer, arguments.prompt, config, device)))
+    pieces = stream_text(model, tokenizer, prompt, config, device)
+    print(prompt, end="", flush=True)
+    start, tokens = time.perf_counter(), 0
+    for (piece,) in pieces:
+        print(piece, end="", flush=True)
+        tokens += 1
+    print()
+    if sys.stderr.isatty() and tokens:
+        seconds = time.perf_counter() - start
+        print(f"{tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:,.0f} a second", file=sys.stderr)
+
+
+def read_prompt(path: str) -> str:
+    """The text of a file, or of standard input for "-", as it is. Raises ConfigError when it cannot be read."""
+    try:
+        data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+        return data.decode("utf-8")
+    except OSError as error:
+        raise ConfigError(f"--prompt-file {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--prompt-file {path} is not UTF-8 at byte {error.start}; convert it first") from None

@@ -222,6 +222,8 @@ class SampleConfig:
     temperature: float = 0.8  # 0 takes the likeliest token
     top_k: int | None = None  # keep the k likeliest tokens
     top_p: float | None = None  # keep the likeliest tokens that together have this probability
+    min_p: float | None = None  # drop tokens that have less than this share of the likeliest one's probability
+    stop: tuple[str, ...] = ()  # texts at the first of which a sample ends; they are no part of it
     keep: int | None = None  # tokens of a full window that the model goes on with; null: half of them
     unknown: Literal["strict", "replace", "skip"] = "strict"  # characters of a prompt that the vocabulary lacks
     seed: int = 1337
@@ -233,6 +235,8 @@ class SampleConfig:
         _require(self.temperature >= 0, "temperature", self.temperature, "at least 0")
         _require(self.top_k is None or self.top_k >= 1, "top_k", self.top_k, "at least 1 or null")
         _require(self.top_p is None or 0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1] or null")
+        _require(self.min_p is None or 0 <= self.min_p <= 1, "min_p", self.min_p, "in [0, 1] or null")
+        _require("" not in self.stop, "stop", self.stop, "texts that are not empty")
         _require(self.keep is None or self.keep >= 1, "keep", self.keep, "at least 1 or null")
         require_seed(self.seed)
 

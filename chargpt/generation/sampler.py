@@ -3,7 +3,7 @@
 The one idea to know: the model reads each token once, into a cache, and goes on with the last half of a full window.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -17,13 +17,19 @@ BLOCK = 256  # positions whose random numbers are made at once
 
 
 def next_token_probabilities(
-    logits: torch.Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
+    logits: torch.Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
 ) -> torch.Tensor:
     """Probabilities (B, V), float32, of the next token from its logits (B, V).
 
     Temperature divides the logits; 0 puts everything on the likeliest token. Then `top_k` keeps exactly the k
     likeliest, and `top_p` the smallest set of the likeliest of these that reaches that share of them (Holtzman et al.
     2019, arXiv 1904.09751, section 3.1), always at least one. Of equally likely tokens the smaller id comes first.
+    `min_p` drops those with less than this share of the likeliest one's probability (Nguyen et al. 2024,
+    arXiv 2407.01082).
     Raises ChargptError when the logits have no softmax: one is NaN or +∞, or all are −∞.
     """
     likeliest = logits.amax(-1, keepdim=True)  # (B, 1); NaN if any logit is
@@ -41,8 +47,9 @@ def next_token_probabilities(
             before = ordered.cumsum(-1) - ordered  # probability of the likelier tokens
             ordered[before >= top_p * ordered.sum(-1, keepdim=True)] = 0.0
         probabilities = torch.zeros_like(probabilities).scatter(-1, order, ordered)
-        probabilities = probabilities / probabilities.sum(-1, keepdim=True)
-    return probabilities.float()
+    if min_p is not None:
+        probabilities = probabilities.masked_fill(probabilities < min_p * probabilities.amax(-1, keepdim=True), 0.0)
+    return (probabilities / probabilities.sum(-1, keepdim=True)).float()
 
 
 def uniforms(seed: int, samples: int, position: int) -> torch.Tensor:
@@ -80,6 +87,7 @@ def stream_tokens(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
     seed: int = 0,
     keep: int | None = None,
 ) -> Iterator[torch.Tensor]:
@@ -101,7 +109,7 @@ def stream_tokens(
         if position % BLOCK == 0:
             numbers = uniforms(seed, len(idx), position)  # (BLOCK, B)
         logits = model.logits(model.hidden(unread, cache)[:, -1])  # (B, V)
-        probabilities = next_token_probabilities(logits, temperature, top_k, top_p)  # (B, V)
+        probabilities = next_token_probabilities(logits, temperature, top_k, top_p, min_p)  # (B, V)
         unread = draw(probabilities, numbers[position % BLOCK])  # (B, 1)
         window = torch.cat([window, unread], dim=1)
         yield unread
@@ -117,8 +125,9 @@ def stream_text(
 ) -> Iterator[list[str]]:
     """Yield what each of `config.num_samples` continuations of `prompt` gains, token by token.
 
-    A token that ends inside a character gains nothing yet. Seeded by `config.seed`. Raises TokenizerError when the
-    prompt has unknown characters and `config.unknown` is "strict".
+    A token that ends inside a character gains nothing yet, nor does one with which a stop text may begin. What was held
+    back comes at the end. A sample that met a stop text gains nothing more, and when all have, that is the end. Seeded
+    by `config.seed`. Raises TokenizerError when the prompt has unknown characters and `config.unknown` is "strict".
     """
     idx = prompt_tokens(tokenizer, prompt, config.unknown).to(device).expand(config.num_samples, -1)  # (B, T)
     return _stream(model, tokenizer, idx, config)  # so that an error of the prompt comes before anything is shown
@@ -126,6 +135,7 @@ def stream_text(
 
 def _stream(model: LanguageModel, tokenizer: Tokenizer, idx: torch.Tensor, config: SampleConfig) -> Iterator[list[str]]:
     decoders = [tokenizer.decoder() for _ in range(config.num_samples)]
+    ends = [Until(config.stop) for _ in range(config.num_samples)]
     for token in stream_tokens(
         model,
         idx,
@@ -133,10 +143,41 @@ def _stream(model: LanguageModel, tokenizer: Tokenizer, idx: torch.Tensor, confi
         temperature=config.temperature,
         top_k=config.top_k,
         top_p=config.top_p,
+        min_p=config.min_p,
         seed=config.seed,
         keep=config.keep,
     ):
-        yield [decode(row) for decode, row in zip(decoders, token.cpu().numpy(), strict=True)]
+        pieces = [decode(row) for decode, row in zip(decoders, token.cpu().numpy(), strict=True)]
+        yield [until(piece) for until, piece in zip(ends, pieces, strict=True)]
+        if all(until.reached for until in ends):
+            return
+    if any(until.held for until in ends):
+        yield [until.held for until in ends]
+
+
+class Until:
+    """Lets text through up to the first of some texts. What may be the beginning of one is held back."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self.stops = stops
+        self.held, self.reached = "", False
+
+    def __call__(self, piece: str) -> str:
+        """What may be shown now, after `piece` came."""
+        if self.reached:
+            return ""
+        text = self.held + piece
+        found = [place for stop in self.stops if (place := text.find(stop)) >= 0]
+        if found:
+            self.held, self.reached = "", True
+            return text[: min(found)]
+        length = max((len(stop) for stop in self.stops), default=0)
+        begins = next((n for n in range(min(length, len(text)), 0, -1) if self._may_begin(text[-n:])), 0)
+        self.held = text[len(text) - begins :]
+        return text[: len(text) - begins]
+
+    def _may_begin(self, text: str) -> bool:
+        return any(stop.startswith(text) for stop in self.stops)
 
 
 def generate_text(

@@ -1,5 +1,6 @@
 """Sampling: from logits to tokens against a naive reference, and from a prompt to text."""
 
+import dataclasses
 import itertools
 import math
 
@@ -19,7 +20,7 @@ from chargpt.generation import (
     stream_text,
     stream_tokens,
 )
-from chargpt.generation.sampler import BLOCK, draw, uniforms
+from chargpt.generation.sampler import BLOCK, Until, draw, uniforms
 from chargpt.models import build_model
 from chargpt.models.cache import Cache
 from chargpt.tokenizers import CharacterTokenizer
@@ -333,3 +334,43 @@ def test_broken_weights_are_an_error_for_the_user() -> None:
     for temperature in (0.0, 1.0):
         with pytest.raises(ChargptError, match="weights are broken"):
             generate_text(model, TOKENIZER, "a", SampleConfig(temperature=temperature))
+
+
+# --------------------------------------------------------------------------------------------------------- stop texts
+
+
+@given(
+    st.text("ab", max_size=30),
+    st.lists(st.text("ab", min_size=1, max_size=4), max_size=3),
+    st.lists(st.integers(1, 4), max_size=30),
+)
+def test_text_passes_up_to_the_first_stop_text_however_it_is_cut(text: str, stops: list[str], cuts: list[int]) -> None:
+    until, passed, rest = Until(stops), "", text
+    for cut in [*cuts, len(text)]:
+        piece, rest = rest[:cut], rest[cut:]
+        passed += until(piece)
+        assert text.startswith(passed)
+        assert not any(stop in passed for stop in stops)
+        assert len(until.held) < max(map(len, stops), default=1)
+    found = [place for stop in stops if (place := text.find(stop)) >= 0]
+    assert until.reached == bool(found)
+    assert passed + until.held == (text[: min(found)] if found else text)
+
+
+def test_a_sample_ends_at_its_stop_text_and_all_of_them_end_the_work() -> None:
+    model = SpyModel(block_size=4, vocab_size=TOKENIZER.vocab_size)
+    config = SampleConfig(num_samples=2, max_new_tokens=50, temperature=0, stop=("gh", "ef"))
+    assert generate_text(model, TOKENIZER, "ab", config) == ["abcd"] * 2
+    assert len(model.fed) == 4  # c, d, e, f
+    assert generate_text(model, TOKENIZER, "ab", dataclasses.replace(config, stop=("e",))) == ["abcd"] * 2
+    short = dataclasses.replace(config, stop=("deX",), max_new_tokens=3)
+    assert list(stream_text(model, TOKENIZER, "ab", short)) == [["c"] * 2, [""] * 2, [""] * 2, ["de"] * 2]
+
+
+def test_min_p_drops_what_is_far_less_likely_than_the_likeliest() -> None:
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
+    for min_p, wanted in ((None, 4), (0.0, 4), (0.2, 3), (0.55, 2), (1.0, 1)):
+        probabilities = next_token_probabilities(logits, min_p=min_p)[0]
+        assert int((probabilities > 0).sum()) == wanted
+        assert probabilities.sum().item() == pytest.approx(1)
+    assert next_token_probabilities(logits, min_p=0.55).tolist()[0] == pytest.approx([0.625, 0.375, 0, 0])
