@@ -1,5 +1,6 @@
 """`chargpt` at the command line: train, sample, eval and info on one's own text, and signals from a terminal."""
 
+import io
 import json
 import math
 import os
@@ -306,6 +307,37 @@ def test_streaming_shows_what_not_streaming_shows(
     assert whole[1].startswith(prompt)
     assert len(whole[1]) == len(prompt) + 30 + 1
     assert chargpt(*arguments) == whole  # seeded
+
+
+def test_a_prompt_comes_from_a_file_or_standard_input_as_it_is(
+    trained: Path, chargpt: Chargpt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = chargpt("sample", trained / "runs/my", "--prompt", "to be\n", "--max-new-tokens", "20")[1]
+    (tmp_path / "prompt.txt").write_text("to be\n", encoding="utf-8")
+    arguments = ["sample", trained / "runs/my", "--max-new-tokens", "20", "--prompt-file"]
+    assert chargpt(*arguments, "prompt.txt") == (0, shown, "")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"to be\n")))
+    assert chargpt(*arguments, "-") == (0, shown, "")
+    (tmp_path / "latin").write_bytes(b"to \xe9")
+    for name, message in (
+        ("missing", "--prompt-file missing: No such file or directory"),
+        (".", "--prompt-file .: Is a directory"),
+        ("latin", "--prompt-file latin is not UTF-8 at byte 3; convert it first"),
+    ):
+        code, out, err = chargpt(*arguments, name)
+        assert (code, out, err) == (2, "", f"chargpt: error: {message}\n")
+    code, _, err = chargpt(*arguments, "prompt.txt", "--prompt", "to")
+    assert (code, "not allowed with argument" in err) == (2, True)
+
+
+def test_a_sample_ends_at_the_first_of_its_stop_texts(trained: Path, chargpt: Chargpt) -> None:
+    arguments = ["sample", trained / "runs/my", "--prompt", "to", "--max-new-tokens", "200"]
+    whole = chargpt(*arguments)[1]
+    cut = chargpt(*arguments, "--stop", "be", "--stop", " q", "--stream")[1]
+    assert cut == whole[: min(place for stop in ("be", " q") if (place := whole.find(stop)) >= 0)] + "\n"
+    code, out, err = chargpt(*arguments, "--stop", "")
+    assert (code, out) == (2, "")
+    assert "stop must be texts that are not empty" in err
 
 
 def test_several_samples_differ_and_are_set_apart(chargpt: Chargpt, trained: Path) -> None:
