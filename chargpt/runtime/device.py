@@ -4,7 +4,10 @@
 """
 
 import contextlib
+import os
 import platform
+import shutil
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -39,7 +42,7 @@ class Runtime:
 
 
 def resolve_runtime(config: TrainConfig) -> Runtime:
-    """Decide what `config` leaves to `auto`. Raises ConfigError for a device, graph or kernel that cannot run here."""
+    """Decide what `config` leaves to `auto`. Raises ConfigError where something asked for is not here."""
     device, device_reason = _device(config.device)
     precision, precision_reason = _precision(config, device)
     compiled, compile_reason = _compile(config.compile, device)
@@ -120,10 +123,14 @@ def _cpu_precision(config: TrainConfig) -> tuple[str, str]:
 
 
 def _compile(wanted: str, device: torch.device) -> tuple[bool, str]:
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")  # that torch's inductor calls
+    missing = None if shutil.which(compiler) else f"the C++ compiler {compiler} is not installed"
+    if wanted == "always" and missing is not None:
+        raise ConfigError(f"compile always was asked for, but {missing}; install it, set CXX, or use auto")
     if wanted != "auto":
         return wanted == "always", "asked for"
     if device.type == "cuda":
-        return True, "it fuses the small operations around the kernels"
+        return missing is None, missing or "it fuses the small operations around the kernels"
     return False, "on a CPU compiling takes longer than short runs gain"
 
 

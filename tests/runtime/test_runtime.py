@@ -174,3 +174,16 @@ def test_free_memory_is_the_machines_or_what_its_container_leaves(
     monkeypatch.setattr(memory, "CONTROL_GROUPS", groups[1:])
     machine = available_memory(cpu)
     assert machine is None or machine > 10**7  # None: not Linux
+
+
+def test_compiling_without_a_compiler_is_refused_when_asked_for_and_left_out_by_auto(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ConfigError, match=r"compile always was asked for, but the C\+\+ compiler no-such"):
+        resolve_runtime(override(AUTO, ["device=cpu", "compile=always"]))
+    assert not resolve_runtime(override(AUTO, ["device=cpu", "compile=never"])).compile
+    assert device._compile("auto", torch.device("cuda")) == (
+        False,
+        "the C++ compiler no-such-compiler is not installed",
+    )
