@@ -108,7 +108,11 @@ def stream_tokens(
             unread = window = window[:, -keep:]
         if position % BLOCK == 0:
             numbers = uniforms(seed, len(idx), position)  # (BLOCK, B)
-        logits = model.logits(model.hidden(unread, cache)[:, -1])  # (B, V)
+        if position == 0 and idx.stride(0) == 0:  # rows that are one in memory are read as one
+            logits = model.logits(model.hidden(unread[:1], cache)[:, -1]).expand(len(idx), -1)
+            cache.spread(len(idx))
+        else:
+            logits = model.logits(model.hidden(unread, cache)[:, -1])  # (B, V)
         probabilities = next_token_probabilities(logits, temperature, top_k, top_p, min_p)  # (B, V)
         unread = draw(probabilities, numbers[position % BLOCK])  # (B, 1)
         window = torch.cat([window, unread], dim=1)

@@ -20,6 +20,9 @@ class Cache:
         """Forget all; the memory stays."""
         self.length = 0
 
+    def spread(self, rows: int) -> None:
+        """The one window that was read becomes the beginning of `rows` windows."""
+
 
 class LayerCache:
     """Keys and values of one layer in memory for a whole window: (B, H_kv, block_size, D), made when the first come."""
@@ -38,6 +41,11 @@ class LayerCache:
         keys, values = self._held
         return keys[:, :, : start + T], values[:, :, : start + T]
 
+    def spread(self, rows: int) -> None:
+        if self._held is not None:
+            keys, values = self._held
+            self._held = keys.repeat(rows, 1, 1, 1), values.repeat(rows, 1, 1, 1)
+
 
 class TransformerCache(Cache):
     """The layers' keys and values, and the last token, which the next one's pair begins with."""
@@ -51,6 +59,11 @@ class TransformerCache(Cache):
         super().clear()
         self.last = None
 
+    def spread(self, rows: int) -> None:
+        for layer in self.layers:
+            layer.spread(rows)
+        self.last = None if self.last is None else self.last.repeat(rows, 1)
+
 
 class EnsembleCache(Cache):
     """One for each member."""
@@ -63,6 +76,10 @@ class EnsembleCache(Cache):
         super().clear()
         for member in self.members:
             member.clear()
+
+    def spread(self, rows: int) -> None:
+        for member in self.members:
+            member.spread(rows)
 
 
 def require_room(read: int, more: int, block_size: int) -> None:

@@ -124,3 +124,14 @@ def test_more_than_a_window_is_refused() -> None:
 def test_a_bigram_needs_no_window() -> None:
     model = build_model(BigramConfig(block_size=2), V, seed=0).eval()
     assert len(list(stream_tokens(model, fed(1), 9))) == 9
+
+
+@pytest.mark.parametrize("config", [*combinations()[::4], BigramConfig()], ids=str)
+def test_a_prompt_that_all_rows_share_is_read_once(config: ModelConfig) -> None:
+    model, prompt = random_model(config), fed(5, rows=1)
+    shared = generate(model, prompt.expand(3, -1), 2 * BLOCK_SIZE, seed=2)
+    assert torch.equal(shared, generate(model, prompt.repeat(3, 1), 2 * BLOCK_SIZE, seed=2))
+    ensemble = Ensemble([model, random_model(config, seed=1)], backend="torch")
+    assert torch.equal(
+        generate(ensemble, prompt.expand(3, -1), BLOCK_SIZE), generate(ensemble, prompt.repeat(3, 1), BLOCK_SIZE)
+    )

@@ -268,7 +268,7 @@ def test_a_prompt_and_its_continuations() -> None:
     model = SpyModel(block_size=4, vocab_size=TOKENIZER.vocab_size)
     texts = generate_text(model, TOKENIZER, "ab", SampleConfig(num_samples=3, max_new_tokens=4, temperature=0))
     assert texts == ["abcdef"] * 3
-    assert len(model.fed) == 4  # all samples in one batch
+    assert [len(fed) for fed in model.fed] == [1, 3, 3, 3]  # the prompt once, then all samples in one batch
 
 
 def test_streamed_text_is_the_same_text_piece_by_piece() -> None:
