@@ -519,3 +519,15 @@ ONE_HEAD = {"n_head": 1, "n_kv_head": 1, "qk_norm": False}
 def test_wrong_arguments_are_named(call: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_every_bfloat16_is_rounded_as_torch_rounds(impl: str) -> None:
+    """Squares of eight bits have sixteen, so half of them lie between two bfloat16, and many in the middle."""
+    x = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    wanted = x.float().relu().square().bfloat16()
+    got = relu_squared(x.view(256, 256), impl=impl).flatten()
+    same = (got.view(torch.int16) == wanted.view(torch.int16)) | (got.isnan() & wanted.isnan())
+    # The instruction of AVX512-BF16 takes numbers below 2^-126 for 0.
+    tiny = (wanted < 2.0**-126) & (got == 0)
+    assert (same | tiny).all(), x[~(same | tiny)][:5]
