@@ -147,6 +147,7 @@ CROSS_ENTROPY_CASES = [
     CrossEntropyCase("smoothing_1", options={"label_smoothing": 1.0}),
     CrossEntropyCase("z_loss", ignored=0.3, options={"z_loss": 0.01}),
     CrossEntropyCase("softcap", options={"softcap": 5.0}),
+    CrossEntropyCase("softcap_below_1", options={"softcap": 0.5}),
     CrossEntropyCase(
         "everything",
         shape=(4, 9),

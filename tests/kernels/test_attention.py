@@ -285,3 +285,14 @@ def test_torchs_counter_counts_attention(impl: str) -> None:
         with FlopCounterMode(display=False) as counter:
             causal_attention(q, k, v, impl=impl).sum().backward()
         assert counter.get_total_flops() == 7 * 2 * 2 * 4 * 6 * 10 * 8
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("loud", [0, 300])
+def test_one_key_far_above_the_others_wherever_it_stands(loud: int, impl: str) -> None:
+    """Keys come in parts, and the maximum so far is kept: exp of its distance to a later, lower one is infinite."""
+    q, k, v = torch.ones(1, 1, 600, 4), torch.zeros(1, 1, 600, 4), torch.randn(1, 1, 600, 4)
+    k[:, :, loud] = 200.0
+    out, lse = causal_attention(q, k, v, scale=1.0, return_lse=True, impl=impl)
+    torch.testing.assert_close(out[0, 0, loud:], v[0, 0, loud].expand(600 - loud, -1))
+    torch.testing.assert_close(lse[0, 0, loud:], torch.full((600 - loud,), 800.0))

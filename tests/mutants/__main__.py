@@ -114,12 +114,16 @@ def sample(number: int, seed: int) -> list[tuple[Mutant, str]]:
             for occurrence, start in enumerate(positions):
                 if not any(first <= tuple(start) < last for first, last in types):
                     places.setdefault((name, tuple(start)), []).append((operator, occurrence))
-    rng = random.Random(seed)
-    order = sorted(places)
-    rng.shuffle(order)
+
+    def luck(place: tuple[str, tuple[int, int]]) -> str:
+        """By the text around a place, so that a change elsewhere chooses no others."""
+        name, (line, column) = place
+        around = sources[name].splitlines()[max(0, line - 2) : line + 1]
+        return hashlib.sha256(f"{seed} {name} {column} {around}".encode()).hexdigest()
+
     chosen = []
-    for name, start in order:
-        operator, occurrence = rng.choice(places[name, start])
+    for name, start in sorted(places, key=luck):
+        operator, occurrence = random.Random(luck((name, start))).choice(places[name, start])
         code = mutate_code(sources[name], get_operator(operator)(), occurrence)
         if code is not None and code != sources[name]:
             chosen.append((made(name, operator, occurrence, start[0], sources[name], code), code))
@@ -277,18 +281,24 @@ def tell(chosen: list[Mutant], found: dict[Mutant, dict[str, str]]) -> None:
     excused = set()
     if EQUIVALENT.exists():
         lines = EQUIVALENT.read_text(encoding="utf-8").splitlines()
-        excused = {tuple(line.split()[:2]) for line in lines if line and not line.startswith("#")}
+        excused = {line for line in lines if line and not line.startswith("#")}
     tried = [mutant for mutant in chosen if mutant in found]
-    counted = [mutant for mutant in tried if (mutant.path, mutant.after) not in excused]
+    counted = [mutant for mutant in tried if changed(mutant, found) not in excused]
     outcomes = Counter(found[mutant]["outcome"] for mutant in counted)
     for mutant in counted:
         if found[mutant]["outcome"] == "survived":
-            print(f"\n{mutant.path} {mutant.after} {mutant.operator}\n{found[mutant]['diff']}")
+            print(f"\n{changed(mutant, found)}\n{found[mutant]['diff']}")
     noticed, total = outcomes["killed"] + outcomes["hung"], len(counted)
     print(f"\n{total} of {len(chosen)} tried, {len(tried) - total} more change nothing: {dict(outcomes)}")
     if total:
         low, high = wilson(noticed, total)
         print(f"noticed: {noticed / total:.1%}, with 95% confidence between {low:.1%} and {high:.1%}")
+
+
+def changed(mutant: Mutant, found: dict[Mutant, dict[str, str]]) -> str:
+    """As it would stand among the excused ones: the file, and the lines that it got."""
+    lines = [line[1:].strip() for line in found[mutant]["diff"].splitlines()[2:] if line.startswith("+")]
+    return f"{mutant.path}: {' '.join(lines)}"
 
 
 def wilson(hits: int, total: int, z: float = 1.96) -> tuple[float, float]:
