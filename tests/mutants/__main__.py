@@ -124,7 +124,10 @@ def sample(number: int, seed: int) -> list[tuple[Mutant, str]]:
     chosen = []
     for name, start in sorted(places, key=luck):
         operator, occurrence = random.Random(luck((name, start))).choice(places[name, start])
-        code = mutate_code(sources[name], get_operator(operator)(), occurrence)
+        try:
+            code = mutate_code(sources[name], get_operator(operator)(), occurrence)
+        except AttributeError:  # ExceptionReplacer knows no dotted names
+            continue
         if code is not None and code != sources[name]:
             chosen.append((made(name, operator, occurrence, start[0], sources[name], code), code))
         if len(chosen) == number:
