@@ -21,7 +21,9 @@ def add(commands: Commands) -> None:
     sample.add_argument("checkpoints", metavar="checkpoint", type=Path, nargs="+", help=CHECKPOINTS)
     prompt = sample.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", default="", help="text to go on from (default: none)")
-    prompt.add_argument("--prompt-file", metavar="FILE", help="the same from a file in UTF-8; - for standard input")
+    prompt.add_argument(
+        "--prompt-file", metavar="FILE", help="the same from a file in UTF-8; - for standard input (default: none)"
+    )
     sample.add_argument("--stream", action="store_true", help="print each token as it comes")
     sample.add_argument("--num-samples", type=int, default=usual.num_samples, help="samples (default: %(default)s)")
     sample.add_argument(
@@ -45,7 +47,7 @@ def add(commands: Commands) -> None:
         metavar="TEXT",
         action="append",
         default=[],
-        help="end at this text, which is not shown; may be given several times",
+        help="end at this text, which is not shown; may be given several times (default: none)",
     )
     sample.add_argument(
         "--keep", type=int, help="tokens of a full window that the model goes on with (default: half of them)"
