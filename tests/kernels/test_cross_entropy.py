@@ -289,3 +289,11 @@ class TestOperators:
 def test_wrong_arguments_are_named(logits: Tensor, targets: Tensor, options: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         softmax_cross_entropy(logits, targets, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_a_cap_below_1_bounds_logits_of_any_size(impl: str) -> None:
+    logits = 1e4 * torch.randn(7, 65, generator=torch.Generator().manual_seed(1))
+    targets = torch.arange(7)
+    truth = naive_cross_entropy(logits.double(), targets, softcap=0.5)
+    torch.testing.assert_close(softmax_cross_entropy(logits, targets, softcap=0.5, impl=impl), truth.float())

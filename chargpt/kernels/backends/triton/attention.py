@@ -139,8 +139,7 @@ def forward_kernel(
     The programs of one head are neighbours, so its K and V are in the L2 cache; the longest rows come first.
     SIGN: of the scale; `scale` is its size. sign · q is exact, and makes the largest product the largest score, so the
         maximum is taken of the products, and a score's distance to it is one multiply-add.
-    kept: the share of the weights that dropout keeps
-    SEED: where its seed is
+    kept: the share of the weights that dropout keeps; SEED: where its seed is
     """
     if DROPOUT:
         seed = tl.load(SEED)
@@ -375,8 +374,7 @@ def causal_attention_backward(
     lse = lse.contiguous()
     delta = torch.empty_like(lse)
     dq, dk, dv = _empty_by_time(q), _empty_by_time(k), _empty_by_time(v)
-    options = _options(q, k, dropout_p, window, seed)
-    options["scale"] = scale
+    options = _options(q, k, dropout_p, window, seed) | {"scale": scale}
     with torch.cuda.device_of(q):
         if delta.numel() > 0:
             grid = (B * H * triton.cdiv(T, 16),)
