@@ -94,6 +94,7 @@ def run(arguments: argparse.Namespace) -> None:
         print(piece, end="", flush=True)
         tokens += 1
     print()
+    tokens = min(tokens, config.max_new_tokens)  # what was held back for a stop text comes as one piece more
     if sys.stderr.isatty() and tokens:
         seconds = time.perf_counter() - start
         print(f"{tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:,.0f} a second", file=sys.stderr)

@@ -80,9 +80,3 @@ class EnsembleCache(Cache):
     def spread(self, rows: int) -> None:
         for member in self.members:
             member.spread(rows)
-
-
-def require_room(read: int, more: int, block_size: int) -> None:
-    """Raise ValueError when a window of `read` tokens and `more` is longer than block_size."""
-    if read + more > block_size:
-        raise ValueError(f"{read + more} tokens were fed to a model whose block_size is {block_size}")

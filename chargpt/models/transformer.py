@@ -14,7 +14,7 @@ from torch import nn
 from chargpt.config import TransformerConfig
 from chargpt.kernels import add_rms_norm, causal_attention, linear_cross_entropy, qkv_heads, relu_squared
 from chargpt.models.base import LanguageModel
-from chargpt.models.cache import Cache, LayerCache, TransformerCache, require_room
+from chargpt.models.cache import Cache, LayerCache, TransformerCache
 
 BIGRAM_ROWS = 2**16  # the most that a table of token pairs takes
 
@@ -186,7 +186,8 @@ class Transformer(LanguageModel):
         """What the head reads for each of `idx` (B, T): (B, T, C)."""
         assert cache is None or isinstance(cache, TransformerCache)
         start, T = 0 if cache is None else cache.length, idx.size(1)
-        require_room(start, T, self.block_size)
+        if self.block_size < start + T:
+            raise ValueError(f"{start + T} tokens were fed to a model whose block_size is {self.block_size}")
         x = self.token_embedding(idx)  # (B, T, C)
         if self.bigram_embedding is not None:
             x = x + self.bigram_embedding(self._bigrams(idx, None if cache is None else cache.last))

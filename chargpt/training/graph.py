@@ -1,8 +1,8 @@
 """A training step as one CUDA graph: the host launches it at once, in place of some 400 kernels one after the other.
 
-A small model keeps a GPU busy for a quarter of an eager step; else it waits for the host. A graph's kernels read the
-same memory at every replay, so what changes from step to step lies there: the batch, the learning rates, and the state
-of the GPU's generator, from which dropout draws. https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
+A small model keeps a GPU busy for less than half of an eager step; else it waits for the host. A graph's kernels read
+the same memory at every replay, so what changes from step to step lies there: the batch, the learning rates, and the
+state of the GPU's generator, from which dropout draws. https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
 """
 
 from collections.abc import Callable, Sequence

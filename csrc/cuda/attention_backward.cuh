@@ -20,9 +20,9 @@
 
 namespace chargpt::cuda {
 
-// What fits. Strips of 16 rows, and as many blocks on a multiprocessor as registers allow: on an H100 that was 4 to 15 %
-// faster at D = 64 under dropout than strips of 32 queries in two blocks, though they read K and V half as often; without
-// dropout as fast (docs/kernels.md).
+// What fits. Strips of 16 rows, and as many blocks on a multiprocessor as registers allow. For dQ at D = 64 on an H100 that
+// was 4 to 15 % faster under dropout than strips of 32 queries in two blocks, which read K and V half as often, and between
+// 7 % faster (T = 256) and 10 % slower (T = 1024) without. Smaller D follow it, not measured.
 template <int D>
 struct DkDvConfig {
   static constexpr int kM = 1;                       // 16-row blocks of a strip

@@ -1,6 +1,7 @@
 """Causal attention: every implementation that runs here, against a naive twin in float64."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -296,3 +297,10 @@ def test_one_key_far_above_the_others_wherever_it_stands(loud: int, impl: str) -
     out, lse = causal_attention(q, k, v, scale=1.0, return_lse=True, impl=impl)
     torch.testing.assert_close(out[0, 0, loud:], v[0, 0, loud].expand(600 - loud, -1))
     torch.testing.assert_close(lse[0, 0, loud:], torch.full((600 - loud,), 800.0))
+
+
+def test_a_generator_of_another_device_is_refused() -> None:
+    """Kernels read the seed where it lies: on another GPU that would be no address of theirs."""
+    elsewhere = SimpleNamespace(device=torch.device("cuda:1"))
+    with pytest.raises(ValueError, match="the generator must be of the CPU or of cpu, got one of cuda:1"):
+        causal_attention(*(torch.zeros(1, 1, 1, 1),) * 3, dropout_p=0.5, generator=elsewhere)  # type: ignore[call-overload]

@@ -84,6 +84,8 @@ def causal_attention(
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     _check(q, k, v, dropout_p, window)
+    if generator is not None and generator.device not in (torch.device("cpu"), q.device):
+        raise ValueError(f"the generator must be of the CPU or of {q.device}, got one of {generator.device}")
     dropout_p = math.floor(dropout_p * UNIT) / UNIT
     seed = None
     if dropout_p > 0:
