@@ -2,12 +2,13 @@
 
 Cosmic Ray knows the places of the Python code and the changes; those of the C++ code are in tests/mutants/native.py. A
 seed chooses places at random, and at each of them one change, which is made in a copy of the project under build/.
-First the tests beside the changed file run there, then those of whole runs and commands. What no test notices is
-printed as a diff.
+The tests that run the changed line are run there, the shortest first; which those are is found once, by Coverage.py.
+Where it knows of none (a constant, what runs in a process of its own), the tests beside the changed file run, then
+those of whole runs and commands. What no test notices is printed as a diff.
 
-What was tried is kept in build/mutants/results.jsonl, so that another run with the same seed goes on behind it; a file
-that changed since is tried again. Changes that change nothing anybody could see are listed, with the reason, in
-tests/mutants/equivalent.txt, and do not count.
+What was tried is kept in build/mutants/results.jsonl, so that another run with the same seed resumes behind it; a file
+that changed since is tried again, and so is what no test noticed, if the tests changed. Changes that change nothing
+anybody could see are listed, with the reason, in tests/mutants/equivalent.txt, and do not count.
 """
 
 import argparse
@@ -38,6 +39,7 @@ EQUIVALENT = Path(__file__).with_name("equivalent.txt")
 PYTHON = ROOT / ".venv" / "bin" / "python"
 SLOWER = 4  # times as long as unchanged code may tests take before they count as hung
 LEAST = 60.0  # seconds that they always get
+ENOUGH = 150.0  # seconds of tests for one change, so that a line of every run does not cost the whole suite
 
 # The tests that stand beside a room's code; by default the folder or file of its name.
 NEAR = {
@@ -75,15 +77,18 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="only say what was found so far")
     options = parser.parse_args()
     chosen = [*native(), *sample(options.number, options.seed)]
-    done = known()
+    done = {mutant for mutant, entry in known().items() if entry["outcome"] != "survived" or entry["tests"] == digest()}
     waiting: queue.SimpleQueue[tuple[Mutant, str]] = queue.SimpleQueue()
     for mutant, code in chosen:
         if mutant not in done:
             waiting.put((mutant, code))
     if not options.report:
         print(f"{len(chosen)} changes, {len(chosen) - waiting.qsize()} of them tried before", flush=True)
+        covering = covered()
         end = time.monotonic() + 60 * options.minutes
-        threads = [threading.Thread(target=work, args=(number, waiting, end)) for number in range(options.jobs)]
+        threads = [
+            threading.Thread(target=work, args=(number, waiting, covering, end)) for number in range(options.jobs)
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -162,13 +167,87 @@ def made(path: str, operator: str, occurrence: int, line: int, before: str, afte
     return Mutant(path, operator, occurrence, line, *digests)
 
 
+# ------------------------------------------------------------------------------------------------------ which tests run
+
+
+@dataclass(frozen=True)
+class Covering:
+    """Which tests run which lines."""
+
+    seconds: dict[str, float]  # of each test
+    lines: dict[str, dict[str, list[str]]]  # file, line, tests
+
+    def tests(self, path: str, source: str, line: int) -> tuple[str, ...]:
+        """The tests that run a line's statement, the shortest first, as many as take ENOUGH seconds."""
+        by_line = self.lines.get(path, {})
+        found = {test for number in statement(source, line) for test in by_line.get(str(number), [])}
+        chosen: list[str] = []
+        budget = ENOUGH
+        for test in sorted(found, key=lambda test: (self.seconds[test], test)):
+            if (budget := budget - self.seconds[test]) < 0 and chosen:
+                break
+            chosen.append(test)
+        return tuple(chosen)
+
+
+def statement(source: str, line: int) -> range:
+    """The lines of the smallest statement around a line; of one with a body, its head."""
+    found = range(line, line + 1)
+    for node in ast.walk(ast.parse(source)):  # outer ones first
+        if isinstance(node, ast.stmt) and node.lineno <= line <= (node.end_lineno or line):
+            body = getattr(node, "body", None)
+            last = body[0].lineno - 1 if isinstance(body, list) else node.end_lineno or line
+            if line <= max(last, node.lineno):
+                found = range(node.lineno, max(last, node.lineno) + 1)
+    return found
+
+
+def digest() -> str:
+    """Of the tests."""
+    hashed = hashlib.sha256()
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        hashed.update(path.read_bytes())
+    return hashed.hexdigest()[:16]
+
+
+def covered() -> Covering:
+    """Run all tests once, unless neither they nor the code changed since."""
+    hashed = hashlib.sha256(digest().encode())
+    for path in sorted([*(ROOT / "chargpt").rglob("*.py"), *(ROOT / "pipelines").rglob("*.py")]):
+        hashed.update(path.read_bytes())
+    kept = BUILD / f"covering-{hashed.hexdigest()[:16]}.json"
+    if not kept.exists():
+        print("all tests run once, to know which of them run which lines", flush=True)
+        tree, parts = copied(BUILD / "tree-0"), BUILD / "covering"
+        shutil.rmtree(parts, ignore_errors=True)
+        parts.mkdir()
+        command = [str(PYTHON), "-m", "pytest", "-q", "-n", "2", "-p", "no:cacheprovider"]
+        command += ["-p", "tests.mutants.covering", "--timeout", "900"]
+        done = subprocess.run(command, cwd=tree, env=environment(tree) | {"CHARGPT_COVERING": str(parts)}, check=False)
+        if done.returncode:
+            sys.exit("tests fail without any change; mend that first")
+        seconds: dict[str, float] = {}
+        lines: dict[str, dict[str, list[str]]] = {}
+        for part in sorted(parts.iterdir()):
+            read = json.loads(part.read_text())
+            seconds |= read["seconds"]
+            for path, by_line in read["lines"].items():
+                for line, tests in by_line.items():
+                    lines.setdefault(path, {}).setdefault(line, []).extend(tests)
+        for former in BUILD.glob("covering-*.json"):
+            former.unlink()
+        kept.write_text(json.dumps({"seconds": seconds, "lines": lines}))
+    return Covering(**json.loads(kept.read_text()))
+
+
 # --------------------------------------------------------------------------------------------------------------- trying
 
 
-def work(number: int, waiting: "queue.SimpleQueue[tuple[Mutant, str]]", end: float) -> None:
+def work(number: int, waiting: "queue.SimpleQueue[tuple[Mutant, str]]", covering: Covering, end: float) -> None:
     """Try what waits, one after the other, in a copy of the project of this thread's own."""
     tree = copied(BUILD / f"tree-{number}")
     took: dict[tuple[str, ...], float] = {}
+    passed: set[str] = set()  # single tests that were seen to pass without any change
     while time.monotonic() < end:
         try:
             mutant, code = waiting.get_nowait()
@@ -176,29 +255,34 @@ def work(number: int, waiting: "queue.SimpleQueue[tuple[Mutant, str]]", end: flo
             return
         path = tree / mutant.path
         original = path.read_text(encoding="utf-8")
-        outcome = "survived"
-        for tests in suites(mutant.path, tree):
+        outcome, failed = "survived", None
+        near = covering.tests(mutant.path, original, mutant.line)
+        took[near] = sum(covering.seconds[test] for test in near)
+        for tests in [near] if near else suites(mutant.path, tree):
             if tests not in took:
                 took[tests] = time.monotonic()
-                if run(tree, tests, math.inf) != "survived":
+                if run(tree, tests, math.inf)[0] != "survived":
                     print(f"{' '.join(tests)} fail without any change; mend that first", flush=True)
                     return
                 took[tests] = time.monotonic() - took[tests]
             path.write_text(code, encoding="utf-8")
             try:
                 built = build(tree) if mutant.operator == "native" else True
-                outcome = run(tree, tests, max(LEAST, SLOWER * took[tests])) if built else "killed"
+                outcome, failed = run(tree, tests, max(LEAST, SLOWER * took[tests])) if built else ("killed", None)
             finally:
                 path.write_text(original, encoding="utf-8")
                 if mutant.operator == "native":
                     take_native_module(tree)
             if outcome != "survived":
                 break
+        if failed and failed not in passed:
+            if run(tree, (failed,), math.inf)[0] != "survived":
+                print(f"{failed} fails without any change; mend that first", flush=True)
+                return
+            passed.add(failed)
         with RESULTS.open("a", encoding="utf-8") as file:
-            file.write(
-                json.dumps(asdict(mutant) | {"outcome": outcome, "diff": difference(mutant.path, original, code)})
-            )
-            file.write("\n")
+            entry = {"outcome": outcome, "diff": difference(mutant.path, original, code), "tests": digest()}
+            file.write(json.dumps(asdict(mutant) | entry) + "\n")
         print(f"{outcome:8s} {mutant.path}:{mutant.line} {mutant.operator}", flush=True)
 
 
@@ -245,22 +329,34 @@ def suites(path: str, tree: Path) -> Iterator[tuple[str, ...]]:
         yield tuple(test for test in FAR if test not in near)
 
 
-def run(tree: Path, tests: tuple[str, ...], seconds: float) -> str:
-    command = [str(PYTHON), "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *tests]
-    environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+def run(tree: Path, tests: tuple[str, ...], seconds: float) -> tuple[str, str | None]:
+    """(what became of the change, the test that failed)."""
+    listed = tree.with_suffix(".txt")  # thousands are too many for a command line
+    listed.write_text("\n".join(tests), encoding="utf-8")
+    command = [str(PYTHON), "-m", "pytest", "-x", "-q", "-rfE", "-p", "no:cacheprovider", "-p", "no:xdist"]
     try:
         done = subprocess.run(
-            command,
+            [*command, f"@{listed}"],
             cwd=tree,
-            env=environment,
+            env=environment(tree),
             stdin=subprocess.DEVNULL,
             capture_output=True,
+            text=True,
+            errors="replace",
             timeout=None if seconds == math.inf else seconds,
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return "hung"
-    return "survived" if done.returncode == 0 else "killed"
+        return "hung", None
+    if done.returncode == 0:
+        return "survived", None
+    lines = [line for line in done.stdout.splitlines() if line.startswith(("FAILED ", "ERROR "))]
+    named = lines[-1].split(" ", 1)[1].split(" - ")[0] if lines else ""
+    return "killed", named if named in tests else None
+
+
+def environment(tree: Path) -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
 
 
 def difference(path: str, before: str, after: str) -> str:
