@@ -1,6 +1,7 @@
 """The process of a fuzz target, and who starts it. Not in `__main__`, which a spawned process does not import."""
 
 import multiprocessing
+import os
 import random
 import tempfile
 import time
@@ -23,6 +24,9 @@ def work(target: str, seed: int, first: int, deadline: float, pipe: Connection) 
     """Tries pieces of input from number `first` on; says which one comes, and what became of it."""
     import torch
 
+    silence = os.open(os.devnull, os.O_WRONLY)  # what commands and runs print would bury what failed
+    for stream in (1, 2):
+        os.dup2(silence, stream)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="chargpt-fuzz-") as folder:
         made = TARGETS[target](Path(folder))
