@@ -236,18 +236,23 @@ class QkvHeadsNode : public torch::autograd::Function<QkvHeadsNode> {
     if (values.defined() && values.requires_grad()) value_type = values.scalar_type();
     context->save_for_backward({options.norm ? qkv : Tensor(), c, s});
     context->set_materialize_grads(false);
-    context->saved_data["kept"] = c10::IValue::make_capsule(c10::make_intrusive<Kept>(options, value_type));
+    // Plain values, which compiled autograd can hash; one tuple, because each named entry costs an allocation.
+    context->saved_data["options"] = c10::ivalue::Tuple::create(
+        options.H, options.H_kv, options.norm, value_type ? static_cast<int64_t>(*value_type) : int64_t{-1});
     return split_heads(qkv, values, c, s, options, false);
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& gradients) {
     const Tensor &dq = gradients[0], &dk = gradients[1], &dv = gradients[2];
     if (!dq.defined() && !dk.defined() && !dv.defined()) return variable_list(5);
-    const Kept& kept = static_cast<const Kept&>(*context->saved_data["kept"].toCapsule());
+    const auto& values = context->saved_data["options"].toTupleRef().elements();
+    const HeadOptions options{values[0].toInt(), values[1].toInt(), values[2].toBool()};
+    std::optional<at::ScalarType> value_type;  // where the value rows want a gradient
+    if (values[3].toInt() >= 0) value_type = static_cast<at::ScalarType>(values[3].toInt());
     const auto saved = context->get_saved_variables();
     const Tensor &qkv = saved[0], &cos = saved[1], &sin = saved[2];
     if (!needs_operators(dq, dk, dv)) {
-      const auto [dqkv, dvalue_rows] = join_heads(dq, dk, dv, qkv, cos, sin, kept.options, kept.value_type);
+      const auto [dqkv, dvalue_rows] = join_heads(dq, dk, dv, qkv, cos, sin, options, value_type);
       return {dqkv, dvalue_rows, Tensor(), Tensor(), Tensor()};
     }
     static const auto differentiable_backward =
@@ -256,21 +261,12 @@ class QkvHeadsNode : public torch::autograd::Function<QkvHeadsNode> {
             .typed<Tensor(const std::optional<Tensor>&, const std::optional<Tensor>&, const std::optional<Tensor>&,
                           const std::optional<Tensor>&, const std::optional<Tensor>&, const std::optional<Tensor>&,
                           int64_t, int64_t, bool)>();
-    const auto [H, H_kv, norm] = kept.options;
     const Tensor dqkv = differentiable_backward.call(or_none(dq), or_none(dk), or_none(dv), or_none(qkv), or_none(cos),
-                                                     or_none(sin), H, H_kv, norm);
+                                                     or_none(sin), options.H, options.H_kv, options.norm);
     Tensor dvalue_rows;
-    if (kept.value_type && dv.defined()) dvalue_rows = dv.transpose(1, 2).flatten(2).to(*kept.value_type);
+    if (value_type && dv.defined()) dvalue_rows = dv.transpose(1, 2).flatten(2).to(*value_type);
     return {dqkv, dvalue_rows, Tensor(), Tensor(), Tensor()};
   }
-
- private:
-  struct Kept : torch::CustomClassHolder {  // one object, because each named entry of saved_data costs an allocation
-    Kept(const HeadOptions& options, std::optional<at::ScalarType> value_type)
-        : options(options), value_type(value_type) {}
-    const HeadOptions options;
-    const std::optional<at::ScalarType> value_type;  // where the value rows want a gradient
-  };
 };
 
 std::tuple<Tensor, Tensor, Tensor> qkv_heads(const Tensor& qkv, const std::optional<Tensor>& value_rows,

@@ -191,7 +191,12 @@ class CrossEntropyNode : public torch::autograd::Function<CrossEntropyNode> {
     const bool reduced = arguments.reduction != Reduction::kNone;
     const CrossEntropyResult result = bindings::forward(logits, targets, arguments, reduced);
     context->save_for_backward({logits, targets, result.normalisers});
-    context->saved_data["kept"] = c10::IValue::make_capsule(c10::make_intrusive<Kept>(arguments, result.gradient));
+    // Plain values, which compiled autograd can hash; one tuple, because each named entry costs an allocation.
+    const auto& options = arguments.options;
+    context->saved_data["options"] =
+        c10::ivalue::Tuple::create(options.ignore_index, options.label_smoothing, options.z_loss, options.softcap,
+                                   static_cast<int64_t>(arguments.reduction));
+    context->saved_data["gradient"] = result.gradient;  // undefined where it was not computed
     return result.loss;
   }
 
@@ -201,23 +206,18 @@ class CrossEntropyNode : public torch::autograd::Function<CrossEntropyNode> {
   }
 
  private:
-  // What the node keeps besides tensors: one object, because each named entry of saved_data costs an allocation.
-  struct Kept : torch::CustomClassHolder {
-    Kept(const CrossEntropyArguments& arguments, const Tensor& gradient) : arguments(arguments), gradient(gradient) {}
-    const CrossEntropyArguments arguments;
-    Tensor gradient;  // undefined where it was not computed, or has been handed over
-  };
-
   static Tensor gradient(torch::autograd::AutogradContext* context, const Tensor& loss_gradient) {
-    Kept& kept = static_cast<Kept&>(*context->saved_data["kept"].toCapsule());
+    c10::IValue& kept = context->saved_data["gradient"];
     const bool differentiable = needs_operators(loss_gradient);
-    if (kept.gradient.defined() && !differentiable) {
-      const Tensor gradient = std::move(kept.gradient);  // now it is the receiver's alone
+    if (kept.isTensor() && kept.toTensor().defined() && !differentiable) {
+      const Tensor gradient = std::move(kept).toTensor();  // now it is the receiver's alone
       if (loss_gradient.item<double>() != 1.0) gradient.mul_(loss_gradient);
       return gradient;
     }
     const auto saved = context->get_saved_variables();  // checks that nobody has written into them
-    const CrossEntropyArguments& arguments = kept.arguments;
+    const auto& values = context->saved_data["options"].toTupleRef().elements();
+    const CrossEntropyArguments arguments{{values[0].toInt(), values[1].toDouble(), values[2].toDouble(), values[3].toDouble()},
+                                          static_cast<Reduction>(values[4].toInt())};
     if (!differentiable) return bindings::backward(loss_gradient, saved[0], saved[1], saved[2], arguments);
     static const auto differentiable_backward =
         c10::Dispatcher::singleton()

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo import compiled_autograd
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -208,6 +209,21 @@ class TestAround:
             out = f(leaf, impl=name)
             upstream = torch.stack([torch.full_like(out, n) for n in (1.0, 2.0, -1.0)])
             found.append(torch.autograd.grad(out, leaf, upstream, is_grads_batched=True)[0])
+        torch.testing.assert_close(*found)
+
+    def test_compiled_autograd(self, operation: str, impl: str) -> None:
+        """It captures a backward, so it must be able to hash and to hand over all that a node kept."""
+        x, f = OPERATIONS[operation]
+        found = []
+        for name in (impl, "torch"):
+            leaf = x.clone().requires_grad_()
+            out = f(leaf, impl=name)
+            with (
+                compiled_autograd._enable(torch.compile(backend="eager")) if name == impl else contextlib.nullcontext()
+            ):
+                (out * out).sum().backward()
+            assert leaf.grad is not None
+            found.append(leaf.grad)
         torch.testing.assert_close(*found)
 
     @pytest.mark.parametrize("create_graph", [False, True])
