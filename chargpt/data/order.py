@@ -10,12 +10,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from chargpt.data.shards import Tokens
+from chargpt.data.shards import Tokens, require_known
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # inputs and targets, both (B, T) int64
 Starts = npt.NDArray[np.int64]  # (B,) first tokens of windows
 
 MOST_BATCHES = 2**40  # far beyond any run; tokens are still counted in 64 bits
+MOST_IDS = 2**63  # more than any tokenizer has
 FEISTEL_ROUNDS = 6
 MIX_1, MIX_2 = np.uint64(0xFF51AFD7ED558CCD), np.uint64(0xC4CEB9FE1A85EC53)  # odd, of MurmurHash3's finaliser
 
@@ -42,11 +43,22 @@ class BatchSource(BatchStream, Protocol):
 
 
 class Batches:
-    """The batches of an order, one after the other. Each of several ranks takes its rows of the same global batch."""
+    """The batches of an order, one after the other. Each of several ranks takes its rows of the same global batch.
 
-    def __init__(self, tokens: Tokens, order: Order, block_size: int, rank: int = 0, world_size: int = 1) -> None:
+    vocab_size: `next` raises CorpusError for a token id that is not below it
+    """
+
+    def __init__(
+        self,
+        tokens: Tokens,
+        order: Order,
+        block_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        vocab_size: int = MOST_IDS,
+    ) -> None:
         self.tokens, self.order, self.block_size = tokens, order, block_size
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.vocab_size = rank, world_size, vocab_size
         self.position = 0  # global batches drawn
 
     def next(self) -> Batch:
@@ -55,7 +67,10 @@ class Batches:
             raise ValueError(f"batch_size {len(starts)} does not divide among {self.world_size} ranks")
         rows = len(starts) // self.world_size
         self.position += 1
-        return windows(self.tokens, starts[self.rank * rows : (self.rank + 1) * rows], self.block_size)
+        batch = windows(self.tokens, starts[self.rank * rows : (self.rank + 1) * rows], self.block_size)
+        for ids in batch:
+            require_known(ids.numpy().reshape(-1), self.vocab_size)
+        return batch
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         return {"position": torch.tensor(self.position)}
@@ -67,11 +82,16 @@ class Batches:
 
 
 def build_batches(
-    order: Literal["epoch", "random"], tokens: Tokens, batch_size: int, block_size: int, seed: int
+    order: Literal["epoch", "random"],
+    tokens: Tokens,
+    batch_size: int,
+    block_size: int,
+    seed: int,
+    vocab_size: int = MOST_IDS,
 ) -> Batches:
     """Batches of windows of `tokens` (N,), in the order that a config names."""
     kind = EpochOrder if order == "epoch" else RandomOrder
-    return Batches(tokens, kind(len(tokens), batch_size, block_size, seed), block_size)
+    return Batches(tokens, kind(len(tokens), batch_size, block_size, seed), block_size, vocab_size=vocab_size)
 
 
 class EpochOrder:

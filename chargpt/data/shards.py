@@ -31,7 +31,7 @@ FORMAT, VERSION = "chargpt-data", 1
 MANIFEST, TOKENIZER = "manifest.json", "tokenizer.json"
 PARTS = ("train", "val")
 SHARD_TOKENS = 1 << 28  # the most in one file
-CHUNK = 1 << 24  # tokens counted at a time, so that a large shard needs little memory
+CHUNK = 1 << 24  # tokens looked at together, so that a large shard needs little memory
 
 
 class ShardedTokens:
@@ -127,6 +127,16 @@ def require_size(splits: Splits, block_size: int) -> None:
         f"the text has {total:,} tokens ({n_train:,} to train, {n_val:,} to validate), too few for "
         f"block_size {block_size}: this split needs about {needed:,} tokens; or set block_size to at most {largest}"
     )
+
+
+def require_known(ids: Tokens, vocab_size: int) -> None:
+    """Raise CorpusError unless every one of `ids` (N,) is below `vocab_size`."""
+    largest = max((int(ids[start : start + CHUNK].max()) for start in range(0, len(ids), CHUNK)), default=0)
+    if largest >= vocab_size:
+        raise CorpusError(
+            f"the data has the token id {largest}, and the model knows ids from 0 to {vocab_size - 1}: it is not the "
+            f"data of this model, or was altered"
+        )
 
 
 # --------------------------------------------------------------------------------------------------------------- files

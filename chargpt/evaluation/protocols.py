@@ -14,13 +14,12 @@ import numpy as np
 import torch
 
 from chargpt.config import EvaluationConfig
-from chargpt.data import Tokens, random_batch
+from chargpt.data import Tokens, random_batch, require_known
 from chargpt.errors import CorpusError
 from chargpt.evaluation.dynamic import dynamic_loss
 from chargpt.models import LanguageModel
 
 PROTOCOLS = ("full", "sliding", "nanogpt")  # of a model that stays as it is
-CHUNK = 1 << 24  # tokens looked at together
 TOKENS_PER_PASS = 8_192  # in one forward pass of `full` and `sliding`: bounds the memory, changes nothing else
 
 
@@ -36,12 +35,7 @@ def evaluate(
 
     Raises CorpusError when N is too small for one of them, or an id is outside the model's vocabulary.
     """
-    largest = max(int(tokens[start : start + CHUNK].max()) for start in range(0, len(tokens), CHUNK))
-    if largest >= model.vocab_size:
-        raise CorpusError(
-            f"the data has the token id {largest}, and the model knows ids from 0 to {model.vocab_size - 1}; take the "
-            f"data that it was trained on, or score a text with --text"
-        )
+    require_known(tokens, model.vocab_size)
     losses = {
         "full": lambda: full_loss(model, tokens, device),
         "sliding": lambda: sliding_loss(model, tokens, config.sliding_stride, device),

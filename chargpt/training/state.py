@@ -100,7 +100,7 @@ def new_state(run: Run, runtime: Runtime) -> State:
     if config.ema_decay is not None:
         average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))  # type: ignore[no-untyped-call]
     block_size, seed = config.model.block_size, stream_seed(run.seed, "batches")
-    batches = build_batches(config.order, run.splits.train, config.batch_size, block_size, seed)
+    batches = build_batches(config.order, run.splits.train, config.batch_size, block_size, seed, tokenizer.vocab_size)
     teacher = None
     if run.teachers:
         teacher = load_teachers(run.teachers, run.splits, block_size, runtime.device, config.backend)

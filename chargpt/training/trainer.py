@@ -16,7 +16,7 @@ import torch
 
 from chargpt import checkpoint
 from chargpt.config import differences
-from chargpt.data import require_size
+from chargpt.data import require_known, require_size
 from chargpt.errors import CheckpointError, RunInterruptedError, TrainingError
 from chargpt.evaluation import full_loss
 from chargpt.models import Model
@@ -32,13 +32,15 @@ from chargpt.training.steps import current_learning_rate_scale, overfits, patien
 class Trainer:
     """A run, its state, and the machine it runs on.
 
-    It begins where the last checkpoint of the run's folder is, if there is one. Raises CorpusError (too few tokens),
+    It begins where the last checkpoint of the run's folder is, if there is one. Raises CorpusError (too few tokens, or
+    ids that the tokenizer does not have),
     ConfigError (a device or kernel that cannot run here), TrainingError (too little memory), CheckpointError (the last
     checkpoint is damaged, or of another config).
     """
 
     def __init__(self, run: Run) -> None:
         require_size(run.splits, run.config.model.block_size)
+        require_known(run.splits.val_with_context, run.splits.tokenizer.vocab_size)
         self.run, self.runtime = run, resolve_runtime(run.config)
         require_memory(run.config, run.splits.tokenizer.vocab_size, available_memory(self.runtime.device))
         self.state = new_state(run, self.runtime)

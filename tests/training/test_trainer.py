@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -25,7 +26,7 @@ from chargpt import experiment, training
 from chargpt.checkpoint import load_model, load_state
 from chargpt.config import TrackingConfig, TrainConfig, override
 from chargpt.console import Console, duration
-from chargpt.data import Tokens
+from chargpt.data import Tokens, load_splits, write_splits
 from chargpt.errors import CheckpointError, ConfigError, CorpusError, RunInterruptedError, TrainingError
 from chargpt.evaluation import full_loss
 from chargpt.models import Model, build_model
@@ -180,6 +181,18 @@ def test_a_text_too_small_is_refused_before_anything_is_written(tmp_path: Path) 
     with pytest.raises(CorpusError, match="too few for block_size 8"):
         runs.train(tmp_path / "run", text=runs.words(70))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_ids_that_the_tokenizer_does_not_have_are_one_sentence(part: str, tmp_path: Path) -> None:
+    """Of shards that were altered: opening them reads no tokens."""
+    splits = runs.splits_of(runs.words())
+    write_splits(tmp_path / "splits", splits)
+    [shard] = (tmp_path / "splits").glob(f"{part}-*.npy")
+    np.save(shard, np.full_like(np.load(shard), 200))
+    run = dataclasses.replace(runs.make_run(tmp_path / "run"), splits=load_splits(tmp_path / "splits"))
+    with pytest.raises(CorpusError, match=f"token id 200, and .* from 0 to {splits.tokenizer.vocab_size - 1}"):
+        experiment.train(run, runs.EVALUATION, TrackingConfig(enabled=False))
 
 
 @pytest.mark.parametrize("name", ["device", "backend"])
