@@ -243,6 +243,23 @@ def test_both_tokenizers_go_through_training_sampling_and_evaluation(
     assert "kind must be one of character, byte, got 'word'" in err
 
 
+@pytest.mark.parametrize("page", [".", "..", "my.txt", "empty", "folder", "link", "nowhere", "pipe", ""])
+def test_a_page_takes_the_place_of_nothing_but_a_page(
+    page: str, chargpt: Chargpt, trained: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "my.txt").write_text("mine", encoding="utf-8")
+    (tmp_path / "empty").touch()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("my.txt")
+    (tmp_path / "nowhere").symlink_to("nothing")
+    os.mkfifo(tmp_path / "pipe")
+    before = sorted(tmp_path.iterdir())
+    code, out, err = chargpt("compare", trained / "runs/my", "--page", page)
+    assert (code, out) == (2, "")
+    assert "name a" in one_error(err)
+    assert (sorted(tmp_path.iterdir()), (tmp_path / "my.txt").read_text()) == (before, "mine")
+
+
 def test_runs_are_compared_in_a_table_and_on_a_page(chargpt: Chargpt, trained: Path, tmp_path: Path) -> None:
     pytest.importorskip("jinja2", reason="the page needs chargpt[pipeline]")
     shutil.copy(trained / "my.txt", tmp_path / "my.txt")
@@ -256,6 +273,7 @@ def test_runs_are_compared_in_a_table_and_on_a_page(chargpt: Chargpt, trained: P
     assert "do not compare" not in out
     page = Path("there/page.html").read_text(encoding="utf-8")
     assert all(f"{loss:.4f}" in page for loss in losses)
+    assert chargpt("compare", trained / "runs/my", "--page", "there/page.html")[0] == 0  # ours may be replaced
     code, _, err = chargpt("compare", trained / "runs/my", "nothing")
     assert code == 2
     assert "nothing holds no finished run (no metrics.json in it)" in err

@@ -110,7 +110,7 @@ def recorded(run_folder: Path) -> list[str]:
         return names
     except FileNotFoundError:
         return []
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged ({error}); delete it, and the same command makes it again") from None
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,8 @@ from chargpt.errors import ChargptError, ConfigError
 
 if TYPE_CHECKING:
     from chargpt.report import Variant
+
+TITLE = b"<title>chargpt: "  # of every page, in its first lines
 
 EXAMPLES = """examples:
   chargpt compare runs/my runs/my-6
@@ -28,6 +31,8 @@ def run(arguments: argparse.Namespace) -> None:
     from chargpt.checkpoint import read_description
     from chargpt.report import comparison_table
 
+    if arguments.page is not None:
+        _require_page(arguments.page)
     variants = [_variant(folder) for folder in dict.fromkeys(arguments.runs)]
     print(comparison_table([row for variant in variants for row in variant.rows]))
     summaries = [read_description(folder)["summary"] for folder in arguments.runs]
@@ -56,7 +61,7 @@ def _variant(folder: Path) -> "Variant":
             f"{folder} holds no finished run (no {Path(str(error.filename)).name} in it); name folders that "
             f"`chargpt train` finished"
         ) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise ConfigError(f"{folder} is damaged ({error}); leave it out, or train it again") from None
     return Variant(
         name=row["variant"],
@@ -66,6 +71,20 @@ def _variant(folder: Path) -> "Variant":
         sample_settings="temperature 0.8",
         command=f"chargpt eval {folder}",
     )
+
+
+def _require_page(path: Path) -> None:
+    """Raise ConfigError when something lies at `path` that is no page of ours: it would be overwritten."""
+    if not path.name:
+        raise ConfigError(f"--page {path} names a folder; name a file in it, as in {path / 'comparison.html'}")
+    if not os.path.lexists(path):
+        return
+    ours = False
+    if path.is_file():
+        with path.open("rb") as file:
+            ours = TITLE in file.read(1000)
+    if not ours:
+        raise ConfigError(f"--page {path} exists and is no page that chargpt wrote; name another file")
 
 
 def _write_page(path: Path, variants: "list[Variant]", corpora: list[str]) -> None:

@@ -211,7 +211,7 @@ def read_manifest(folder: Path) -> Mapping[str, Any]:
         raise CorpusError(f"{folder} holds no {MANIFEST}; make it with `dvc repro split`, or train on a text") from None
     except ChargptError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise CorpusError(f"{path} is damaged ({type(error).__name__}: {error}); make it again") from None
     return manifest
 

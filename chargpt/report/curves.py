@@ -42,7 +42,7 @@ def read_curve(path: Path, seconds: Mapping[int, float]) -> list[CurvePoint]:
             at = float(np.interp(step, known, [seconds[step] for step in known])) if known else None
             train, val = (float(row[key]) if row[key] else None for key in ("train_loss", "val_loss"))
             points.append(CurvePoint(step, int(row["tokens"]), at, train, val))
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, OverflowError) as error:
         raise CorpusError(f"{path} is no learning curve, or is damaged ({error}); train the run again") from None
     return points
 

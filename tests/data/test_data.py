@@ -268,6 +268,7 @@ def test_a_damaged_manifest_is_an_error_or_still_the_same_shards(
         ('"version": 1', '"version": 2'),
         ('"chargpt-data"', '"something"'),
         ('"tokens": 12', '"tokens": 13'),
+        ('"tokens": 12', '"tokens": 1e999'),
         ('"bytes": 12', '"bytes": 0'),
         ('"shards": [', '"shards": 3, "rest": ['),
     ],
@@ -277,9 +278,10 @@ def test_a_manifest_that_lies_is_refused(old: str, new: str, tmp_path: Path) -> 
     path = tmp_path / "splits" / MANIFEST
     text = path.read_text(encoding="utf-8")
     assert old in text
-    path.write_text(text.replace(old, new, 1), encoding="utf-8")
-    with pytest.raises(CorpusError):
-        load_splits(tmp_path / "splits")
+    for times in (1, 2):  # the part's number, and its shard's
+        path.write_text(text.replace(old, new, times), encoding="utf-8")
+        with pytest.raises(CorpusError):
+            load_splits(tmp_path / "splits")
 
 
 def test_a_tokenizer_that_does_not_belong_to_the_tokens_is_refused(written: Path) -> None:

@@ -333,6 +333,10 @@ class Commands:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder / "work"
+        self._begin()
+
+    def _begin(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir()
         (self.folder / "my.txt").write_text(runs.words(600), encoding="utf-8")
         (self.folder / "mine").mkdir()
@@ -357,7 +361,9 @@ class Commands:
         assert code in (0, 2), f"exit code {code}"
         after = everything(self.folder)
         lost = [name for name in self.before if after.get(name) != self.before[name] and name.split("/")[0] != "data"]
-        assert not lost, f"changed or lost: {lost}"
+        if lost:
+            self._begin()  # or every later piece would fail by what this one did
+        assert not lost, f"changed or lost: {lost} by {words}"
         for path in [*self.folder.iterdir(), *(self.folder / "runs").iterdir()]:
             if str(path.relative_to(self.folder)) not in self.before:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
@@ -398,8 +404,8 @@ class Kernels:
         x = scale * torch.randn(sizes, generator=torch.Generator().manual_seed(rng.randrange(2**30)))
         x = x.to(rng.choice([torch.float32, torch.float32, torch.bfloat16, torch.float64]))
         kinds = rng.sample(sorted(KINDS), rng.choice([0, 1, 1, 2]))
-        if kinds[-1:] == ["wrapped"] and kinds[0] in ("negative", "imaginary", "zero"):
-            return REFUSED  # inside a wrapper's dispatch torch's own operators read the wrong memory of these
+        if kinds[-1:] in (["wrapped"], ["masked"]) and kinds[0] in ("negative", "imaginary", "zero", "functional"):
+            return REFUSED  # inside a wrapper's dispatch torch's own operators read the wrong memory of these, or crash
         for kind in kinds:
             try:
                 x = KINDS[kind](x)
@@ -418,7 +424,7 @@ class Kernels:
         assert (got.shape, got.dtype) == (wanted.shape, wanted.dtype)
         if not value(got).is_meta and not got.is_complex():
             tolerance = 2e-2 if x.dtype == torch.bfloat16 else 1e-4
-            size = value(wanted).abs().nan_to_num(0, 0, 0).max().item() if wanted.numel() else 0.0
+            size = value(wanted).abs().nan_to_num(0, 0, 0).max().item() if value(wanted).numel() else 0.0
             torch.testing.assert_close(
                 value(got), value(wanted), rtol=tolerance, atol=tolerance * (1e-3 + size), equal_nan=True
             )

@@ -70,7 +70,8 @@ class Wrapped(Tensor):
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> "Wrapped":
-        made = Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+        strides = inner.stride() if inner.layout is torch.strided and not inner.is_nested else None
+        made = Tensor._make_wrapper_subclass(cls, inner.shape, strides, dtype=inner.dtype, device=inner.device)
         made.inner = inner
         return made
 
@@ -133,15 +134,15 @@ def value(x: Any) -> Tensor:
     """What a tensor of any kind says, as plain memory."""
     if torch._is_functional_tensor(x):
         torch._sync(x)
-        return torch._from_functional_tensor(x)
+        return value(torch._from_functional_tensor(x))
     if isinstance(x, Wrapped):
         return value(x.inner)
     if isinstance(x, torch.masked.MaskedTensor):
-        return x.to_tensor(0.0)
+        return value(x.to_tensor(0.0))
     if x.is_nested:
-        return torch.cat([part.flatten() for part in x.unbind()])
+        return value(torch.cat([part.flatten() for part in x.unbind()]))
     if x.layout is not torch.strided:
-        return x.to_dense()
+        return value(x.to_dense())
     x = x.dequantize() if x.is_quantized else x.as_subclass(Tensor)
     return x.float() if x.dtype == torch.float8_e4m3fn else x
 

@@ -296,7 +296,9 @@ def copied(tree: Path) -> Path:
             (tree / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, tree / name)
     take_native_module(tree)
-    subprocess.run(["git", "init", "-q"], cwd=tree, check=True)  # tests ask git about the project's root
+    git = ["git", "-c", "user.name=mutants", "-c", "user.email=mutants@localhost"]
+    for words in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "copy"]):  # tests ask git for the root and a commit
+        subprocess.run([*git, *words], cwd=tree, check=True)
     return tree
 
 
