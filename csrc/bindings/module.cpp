@@ -9,6 +9,7 @@ namespace chargpt::bindings {
 void define_attention(py::module_& m);
 void define_block(py::module_& m);
 void define_cross_entropy(py::module_& m);
+void define_decode(py::module_& m);
 
 namespace {
 
@@ -62,4 +63,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   define_attention(m);
   define_cross_entropy(m);
   define_block(m);
+  define_decode(m);
 }

@@ -1,0 +1,154 @@
+"""Generation in C++: a Transformer's weights packed for reading token by token, and its streams (csrc/cpu/decode.h).
+
+The one idea to know: a token reads every weight once, so the bytes of the weights decide its time. In float32 the
+logits are the model's own but for rounding; in bfloat16 the weights of the matrices have half the bytes.
+"""
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from chargpt.errors import ChargptError
+from chargpt.kernels import native
+from chargpt.models import LanguageModel, Transformer
+
+Precision = Literal["fp32", "bf16"]
+NORMS = {"none": 0, "layernorm": 1, "rmsnorm": 2}  # as in csrc/cpu/decode.h
+ACTIVATIONS = {"none": 0, "relu": 1, "relu2": 2, "gelu": 3, "swiglu": 4}
+MOST_AT_ONCE = 64  # tokens between two looks at what Python wants
+
+
+def why_not(model: LanguageModel) -> str | None:
+    """Why a model cannot generate in C++ here, as part of a sentence; None when it can."""
+    loaded = native.load()
+    if loaded.module is None:
+        return loaded.problem
+    if not isinstance(model, Transformer):
+        return f"C++ decodes a single Transformer, not {type(model).__name__}"
+    if not model.config.residual:
+        return "C++ decodes Transformers with a residual stream"
+    if model.head is not None and type(model.head) is not nn.Linear:
+        return f"the head is a {type(model.head).__name__}"
+    if any(not parameter.is_cpu for parameter in model.parameters()):
+        return "the model is not on the CPU"
+    return None
+
+
+class NativeDecoder:
+    """`streams` windows of one model, each read once. Takes the weights as they are now.
+
+    precision: of the packed weights; everything else is float32
+
+    Raises ChargptError when `why_not` has a reason.
+    """
+
+    def __init__(
+        self, model: LanguageModel, streams: int, precision: Precision = "fp32", threads: int | None = None
+    ) -> None:
+        problem, module = why_not(model), native.load().module
+        if problem is not None or module is None:
+            raise ChargptError(f"this model cannot be decoded in C++: {problem}")
+        assert isinstance(model, Transformer)
+        self.block_size = model.block_size
+        threads = torch.get_num_threads() if threads is None else threads
+        with torch.no_grad():
+            self._decoder = module.Decoder(_described(model, precision), streams, max(1, threads))
+
+    def begin(self, windows: list[list[int]]) -> None:
+        """Forget all; stream i begins with the last block_size of `windows[i]`, at least one token each."""
+        self._decoder.begin([window[-self.block_size :] for window in windows])
+
+    def read(self, keep: int | None = None) -> torch.Tensor:
+        """Logits (streams, V) after all tokens. A window that became too long goes on with its last `keep`."""
+        return self._decoder.read(self._keep(keep))  # type: ignore[no-any-return]
+
+    def append(self, tokens: list[int]) -> None:
+        """One more token for each stream."""
+        self._decoder.append(tokens)
+
+    def generate(
+        self,
+        count: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        seed: int = 0,
+        keep: int | None = None,
+    ) -> Iterator[torch.Tensor]:
+        """Yield `count` times the next token (streams, 1), drawn as `stream_tokens` says.
+
+        The first comes at once, then they are made some at a time, with the interpreter's lock released.
+
+        Raises ChargptError when the logits have no softmax.
+        """
+        position, burst = 0, 1
+        while position < count:
+            burst = min(burst, count - position)
+            tokens = self._decoder.generate(
+                burst, position, seed, self._keep(keep), temperature, top_k or 0, 1.0 if top_p is None else top_p, min_p or 0.0
+            )
+            if tokens is None:
+                raise ChargptError(
+                    "the model's logits are not finite numbers: its weights are broken; use another checkpoint"
+                )
+            yield from tokens[:, :, None]
+            position, burst = position + burst, min(2 * burst, MOST_AT_ONCE)
+
+    def _keep(self, keep: int | None) -> int:
+        return max(1, self.block_size // 2) if keep is None else min(keep, self.block_size)
+
+
+def _described(model: Transformer, precision: Precision) -> dict[str, Any]:
+    """What the C++ side needs of a model."""
+    config = model.config
+
+    def plain(x: torch.Tensor | None) -> torch.Tensor | None:
+        return None if x is None else x.detach().float().contiguous()
+
+    def weights(layer: Any) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        return plain(layer.weight), plain(layer.bias)
+
+    def layer(block: Any) -> dict[str, Any]:
+        attention, rows = block.attention, block.attention.value_embedding
+        described = {
+            "attention_norm": weights(block.attention_norm),
+            "mlp_norm": (None, None) if block.mlp is None else weights(block.mlp_norm),
+            "qkv": weights(attention.qkv),
+            "projection": weights(attention.projection),
+            "value_embedding": None if rows is None else plain(rows.weight),
+        }
+        if block.mlp is not None:
+            described |= {"expand": weights(block.mlp.expand), "contract": weights(block.mlp.projection)}
+        return described
+
+    rotary = model.blocks[0].attention.rotary
+    cos, sin = (None, None) if rotary is None else rotary.angles()
+    head = (model.token_embedding.weight, None) if model.head is None else (model.head.weight, model.head.bias)
+    bigrams, positions = model.bigram_embedding, model.position_embedding
+    return {
+        "half": precision == "bf16",
+        "V": model.vocab_size,
+        "block_size": model.block_size,
+        "C": config.n_embd,
+        "H": config.n_head,
+        "H_kv": config.n_kv_head or config.n_head,
+        "D": config.n_embd // config.n_head,
+        "hidden": round(config.mlp_width * config.n_embd),
+        "norm": NORMS[config.norm],
+        "activation": ACTIVATIONS[config.mlp],
+        "qk_norm": config.qk_norm,
+        "softcap": config.logit_softcap or 0.0,
+        "token_embedding": plain(model.token_embedding.weight),
+        "bigram_embedding": None if bigrams is None else plain(bigrams.weight),
+        "bigram_rows": 0 if bigrams is None else bigrams.num_embeddings,
+        "position_embedding": None if positions is None else plain(positions.weight),
+        "cos": plain(cos),
+        "sin": plain(sin),
+        "layers": [layer(block) for block in model.blocks],
+        "norm_gain": weights(model.norm),
+        "head": tuple(plain(x) for x in head),
+    }

@@ -1,0 +1,157 @@
+// The decoder of cpu/decode.h for Python. Part of `chargpt._native`.
+
+#include "../cpu/decode.h"
+
+#include <pybind11/stl.h>
+
+#include "common.h"
+
+namespace chargpt::bindings {
+namespace {
+
+// A dict of Python's with the model: numbers, texts, and tensors (contiguous, float32, on the CPU), some of them None.
+class Fields {
+ public:
+  Fields(const py::dict& fields, std::vector<Tensor>* kept) : fields_(fields), kept_(kept) {}
+
+  template <class T>
+  T get(const char* name) const {
+    return fields_[name].cast<T>();
+  }
+  const float* tensor(const char* name) const { return tensor(fields_[name]); }
+  const float* tensor(const py::handle& value) const {
+    if (value.is_none()) return nullptr;
+    kept_->push_back(value.cast<Tensor>());
+    return kept_->back().const_data_ptr<float>();
+  }
+  cpu::Gain gain(const char* name) const {
+    const auto pair = fields_[name].cast<py::tuple>();
+    return {tensor(pair[0]), tensor(pair[1])};
+  }
+  cpu::Linear linear(const char* name, bool half) const {
+    const auto pair = fields_[name].cast<py::tuple>();
+    const Tensor weight = pair[0].cast<Tensor>();
+    const std::optional<Tensor> bias = pair[1].cast<std::optional<Tensor>>();
+    return {weight.const_data_ptr<float>(), bias ? bias->const_data_ptr<float>() : nullptr, weight.size(0),
+            weight.size(1), half};
+  }
+
+ private:
+  const py::dict& fields_;
+  std::vector<Tensor>* kept_;
+};
+
+class PyDecoder {
+ public:
+  PyDecoder(const py::dict& given, int64_t streams, int threads) {
+    const Fields fields(given, &kept_);
+    const bool half = fields.get<bool>("half");
+    cpu::DecodeModel model{.V = fields.get<int64_t>("V"),
+                           .block_size = fields.get<int64_t>("block_size"),
+                           .C = fields.get<int64_t>("C"),
+                           .H = fields.get<int64_t>("H"),
+                           .H_kv = fields.get<int64_t>("H_kv"),
+                           .D = fields.get<int64_t>("D"),
+                           .hidden = fields.get<int64_t>("hidden"),
+                           .norm = static_cast<cpu::Norm>(fields.get<int>("norm")),
+                           .activation = static_cast<cpu::Activation>(fields.get<int>("activation")),
+                           .qk_norm = fields.get<bool>("qk_norm"),
+                           .softcap = fields.get<float>("softcap"),
+                           .token_embedding = fields.tensor("token_embedding"),
+                           .bigram_embedding = fields.tensor("bigram_embedding"),
+                           .bigram_rows = fields.get<int64_t>("bigram_rows"),
+                           .position_embedding = fields.tensor("position_embedding"),
+                           .cos = fields.tensor("cos"),
+                           .sin = fields.tensor("sin"),
+                           .layers = {},
+                           .last_norm = fields.gain("norm_gain"),
+                           .head = fields.linear("head", half)};
+    for (const auto& item : given["layers"].cast<py::list>()) {
+      const auto part = item.cast<py::dict>();
+      const Fields layer(part, &kept_);
+      cpu::DecodeLayer made{.attention_norm = layer.gain("attention_norm"),
+                            .mlp_norm = layer.gain("mlp_norm"),
+                            .qkv = layer.linear("qkv", half),
+                            .projection = layer.linear("projection", half),
+                            .expand = {},
+                            .contract = {},
+                            .value_embedding = layer.tensor("value_embedding")};
+      if (model.activation != cpu::Activation::kNone) {
+        made.expand = layer.linear("expand", half);
+        made.contract = layer.linear("contract", half);
+      }
+      model.layers.push_back(std::move(made));
+    }
+    const py::gil_scoped_release nogil;
+    decoder_ = std::make_unique<cpu::Decoder>(std::move(model), streams, threads);
+  }
+
+  void begin(std::vector<std::vector<int32_t>> windows) {
+    const auto& model = decoder_->model();
+    if (static_cast<int64_t>(windows.size()) != decoder_->streams()) throw py::value_error("one window for each stream");
+    for (const auto& window : windows) {
+      const int64_t size = static_cast<int64_t>(window.size());
+      if (size < 1 || size > model.block_size) throw py::value_error("a window has 1 to block_size tokens");
+      for (int32_t token : window) check(token);
+    }
+    decoder_->begin(std::move(windows));
+    ready_ = true;
+  }
+
+  Tensor read(int64_t keep) {
+    check_state(keep);
+    const int64_t V = decoder_->model().V, streams = decoder_->streams();
+    const Tensor logits = at::empty({streams, V}, at::TensorOptions().dtype(at::kFloat));
+    const py::gil_scoped_release nogil;
+    decoder_->read(keep);
+    for (int64_t i = 0; i < streams; ++i) {
+      std::copy_n(decoder_->logits() + i * cpu::padded(V), V, logits.data_ptr<float>() + i * V);
+    }
+    ready_ = false;
+    return logits;
+  }
+
+  void append(const std::vector<int32_t>& tokens) {
+    if (static_cast<int64_t>(tokens.size()) != decoder_->streams()) throw py::value_error("one token for each stream");
+    for (int32_t token : tokens) check(token);
+    for (size_t i = 0; i < tokens.size(); ++i) decoder_->append(static_cast<int64_t>(i), tokens[i]);
+    ready_ = true;
+  }
+
+  std::optional<Tensor> generate(int64_t count, int64_t position, uint64_t seed, int64_t keep, double temperature,
+                                 int64_t top_k, double top_p, double min_p) {
+    check_state(keep);
+    const Tensor out = at::empty({count, decoder_->streams()}, at::TensorOptions().dtype(at::kLong));
+    const py::gil_scoped_release nogil;
+    const cpu::DrawOptions options{.temperature = temperature, .top_k = top_k, .top_p = top_p, .min_p = min_p};
+    if (!decoder_->generate(count, position, seed, keep, options, out.data_ptr<int64_t>())) return std::nullopt;
+    return out;
+  }
+
+ private:
+  void check(int32_t token) const {
+    if (token < 0 || token >= decoder_->model().V) throw py::value_error("a token outside the vocabulary");
+  }
+  void check_state(int64_t keep) const {
+    if (!ready_) throw py::value_error("nothing to read: begin or append first");
+    if (keep < 1 || keep > decoder_->model().block_size) throw py::value_error("keep is 1 to block_size tokens");
+  }
+
+  std::vector<Tensor> kept_;
+  std::unique_ptr<cpu::Decoder> decoder_;
+  bool ready_ = false;  // every stream has a token that was not read
+};
+
+}  // namespace
+
+void define_decode(py::module_& m) {
+  py::class_<PyDecoder>(m, "Decoder", "A Transformer that reads and writes token by token; see chargpt/generation/native.py.")
+      .def(py::init<const py::dict&, int64_t, int>(), py::arg("model"), py::arg("streams"), py::arg("threads"))
+      .def("begin", &PyDecoder::begin, py::arg("windows"))
+      .def("read", &PyDecoder::read, py::arg("keep"))
+      .def("append", &PyDecoder::append, py::arg("tokens"))
+      .def("generate", &PyDecoder::generate, py::arg("count"), py::arg("position"), py::arg("seed"), py::arg("keep"),
+           py::arg("temperature"), py::arg("top_k"), py::arg("top_p"), py::arg("min_p"));
+}
+
+}  // namespace chargpt::bindings

@@ -1,0 +1,100 @@
+// A Transformer that reads and writes token by token on a CPU: what a caller needs to know. Torch-free; decode.cpp
+// implements it. The mathematics are those of chargpt/models/transformer.py in float32, with the weights of the matrices
+// rounded to bfloat16 where that is asked for: a token reads every weight once, so their bytes decide its time.
+//
+// The bits of a stream's logits depend on the stream alone: not on the number of threads, nor on other streams, nor on
+// how many tokens were read together.
+
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+namespace chargpt::cpu {
+
+enum class Norm { kNone, kLayer, kRms };
+enum class Activation { kNone, kRelu, kReluSquared, kGelu, kSwiglu };
+
+inline constexpr int64_t kPanel = 16;  // outputs of a matrix that lie side by side, for vectors of any length up to that
+inline int64_t padded(int64_t n) { return (n + kPanel - 1) / kPanel * kPanel; }
+
+// y = W x + b. The weights of 16 outputs lie together: for each pair of inputs those of the first and of the second in
+// float32, or as bfloat16 in the lower and the upper halves of 16 words. Zeros stand where N or K ends.
+struct Linear {
+  int64_t N = 0, K = 0;
+  bool half = false;
+  std::vector<uint32_t> weight;
+  std::vector<float> bias;  // padded(N)
+
+  Linear() = default;
+  Linear(const float* weight, const float* bias, int64_t N, int64_t K, bool half);  // weight (N, K); bias may be nullptr
+};
+
+struct Gain {  // of LayerNorm; nullptr: 1 and 0
+  const float *weight = nullptr, *bias = nullptr;
+};
+
+struct DecodeLayer {
+  Gain attention_norm, mlp_norm;
+  Linear qkv, projection, expand, contract;   // the last two with Activation other than kNone
+  const float* value_embedding = nullptr;     // (V, H_kv D); nullptr: none
+};
+
+struct DecodeModel {
+  int64_t V, block_size, C, H, H_kv, D, hidden;
+  Norm norm;
+  Activation activation;
+  bool qk_norm;
+  float softcap;                       // 0: none
+  const float* token_embedding;        // (V, C)
+  const float* bigram_embedding;       // (bigram_rows, C); nullptr: none, as below
+  int64_t bigram_rows;
+  const float* position_embedding;     // (block_size, C)
+  const float *cos, *sin;              // (block_size, D / 2)
+  std::vector<DecodeLayer> layers;
+  Gain last_norm;
+  Linear head;
+};
+
+struct DrawOptions {
+  double temperature = 1;
+  int64_t top_k = 0;  // 0: all
+  double top_p = 1, min_p = 0;
+};
+
+// The token that a number in [0, 1) chooses from logits (V), as chargpt/generation/sampler.py does; -1 if they have no
+// softmax. 0 as temperature takes the likeliest.
+int64_t draw_token(const float* logits, int64_t V, const DrawOptions& options, double uniform);
+
+// The number in [0, 1) of sample and position: Philox with the counter (position, sample, 0, 1).
+double uniform_number(uint64_t seed, uint32_t sample, uint32_t position);
+
+class Decoder {
+ public:
+  Decoder(DecodeModel model, int64_t streams, int threads);  // the model's pointers must outlive it
+  ~Decoder();
+
+  int64_t streams() const;
+  const DecodeModel& model() const;
+
+  // Forget all, and begin stream i with `windows[i]`: at least one token each, at most block_size.
+  void begin(std::vector<std::vector<int32_t>> windows);
+
+  // Read what no stream has read yet. Where a window is longer than block_size, its stream goes on with the last `keep`
+  // tokens of it, from position 0. Afterwards logits() is (streams, padded(V)).
+  void read(int64_t keep);
+  const float* logits() const;
+
+  void append(int64_t stream, int32_t token);
+
+  // `count` times: read, draw, append. out: (count, streams). The first draw has the number of `position`. False if
+  // logits had no softmax.
+  bool generate(int64_t count, int64_t position, uint64_t seed, int64_t keep, const DrawOptions& options, int64_t* out);
+
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
+};
+
+}  // namespace chargpt::cpu
