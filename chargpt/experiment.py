@@ -115,7 +115,7 @@ def _finish(
     model, tokenizer = checkpoint.load_model(best, runtime.device, config.backend)
     # In fp32, whatever it was trained in, so that `chargpt eval` gives the same numbers.
     losses = evaluate(model, run.splits.val_with_context, evaluation, config.batch_size, runtime.device, protocols)
-    text = generate_text(model, tokenizer, "", SampleConfig(max_new_tokens=300), runtime.device)[0]
+    text = generate_text(model, tokenizer, "", SampleConfig(max_new_tokens=300, engine="torch"), runtime.device)[0]
     val_losses = [point.metrics["val/loss"] for point in state.history if "val/loss" in point.metrics]
     metrics = {
         "variant": run.variant,

@@ -4,9 +4,10 @@ import argparse
 import sys
 import time
 from pathlib import Path
+from typing import get_args
 
 from chargpt.cli.parsing import CHECKPOINTS, DEVICES, Commands, command
-from chargpt.config import SampleConfig
+from chargpt.config import Engine, SampleConfig
 from chargpt.errors import ConfigError
 
 EXAMPLES = """examples:
@@ -59,12 +60,18 @@ def add(commands: Commands) -> None:
         default=usual.unknown,
         help="what to do with characters of the prompt that the model does not know (default: %(default)s, an error)",
     )
+    sample.add_argument(
+        "--engine",
+        choices=get_args(Engine),
+        default=usual.engine,
+        help="torch, or C++ with weights in fp32 or bf16 (default: %(default)s, C++ in bf16 where it can, else torch)",
+    )
     sample.add_argument("--device", default="auto", help=f"{DEVICES} (default: %(default)s)")
 
 
 def run(arguments: argparse.Namespace) -> None:
     from chargpt.checkpoint import load_ensemble
-    from chargpt.generation import generate_text, stream_text
+    from chargpt.generation import choose_engine, generate_text, stream_text
     from chargpt.runtime import resolve_device
 
     config = SampleConfig(
@@ -77,6 +84,7 @@ def run(arguments: argparse.Namespace) -> None:
         stop=tuple(arguments.stop),
         keep=arguments.keep,
         unknown=arguments.unknown,
+        engine=arguments.engine,
         seed=arguments.seed,
     )
     if arguments.stream and config.num_samples != 1:
@@ -97,7 +105,9 @@ def run(arguments: argparse.Namespace) -> None:
     tokens = min(tokens, config.max_new_tokens)  # what was held back for a stop text comes as one piece more
     if sys.stderr.isatty() and tokens:
         seconds = time.perf_counter() - start
-        print(f"{tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:,.0f} a second", file=sys.stderr)
+        engine = choose_engine(model, config.engine)
+        by = "torch" if engine == "torch" else f"C++ in {engine}"
+        print(f"{tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:,.0f} a second, by {by}", file=sys.stderr)
 
 
 def read_prompt(path: str) -> str:

@@ -214,6 +214,9 @@ class EvaluationConfig:
         require_seed(self.seed)
 
 
+Engine = Literal["auto", "torch", "fp32", "bf16"]
+
+
 @dataclass(frozen=True)
 class SampleConfig:
     prompts: tuple[str, ...] = ("",)  # an empty prompt starts from a newline, or the vocabulary's first symbol
@@ -226,6 +229,7 @@ class SampleConfig:
     stop: tuple[str, ...] = ()  # texts at the first of which a sample ends; they are no part of it
     keep: int | None = None  # tokens of a full window that the model goes on with; null: half of them
     unknown: Literal["strict", "replace", "skip"] = "strict"  # characters of a prompt that the vocabulary lacks
+    engine: Engine = "auto"  # torch, or C++ with weights in that precision; auto: C++ in bf16 where it can, else torch
     seed: int = 1337
 
     def __post_init__(self) -> None:

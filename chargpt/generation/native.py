@@ -4,8 +4,9 @@ The one idea to know: a token reads every weight once, so the bytes of the weigh
 logits are the model's own but for rounding; in bfloat16 the weights of the matrices have half the bytes.
 """
 
-from collections.abc import Iterator
-from typing import Any, Literal
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
@@ -14,9 +15,11 @@ from chargpt.errors import ChargptError
 from chargpt.kernels import native
 from chargpt.models import LanguageModel, Transformer
 
+T = TypeVar("T")
 Precision = Literal["fp32", "bf16"]
 NORMS = {"none": 0, "layernorm": 1, "rmsnorm": 2}  # as in csrc/cpu/decode.h
 ACTIVATIONS = {"none": 0, "relu": 1, "relu2": 2, "gelu": 3, "swiglu": 4}
+BROKEN_LOGITS = "the model's logits are not finite numbers: its weights are broken; use another checkpoint"
 MOST_AT_ONCE = 64  # tokens between two looks at what Python wants
 
 
@@ -52,9 +55,9 @@ class NativeDecoder:
             raise ChargptError(f"this model cannot be decoded in C++: {problem}")
         assert isinstance(model, Transformer)
         self.block_size = model.block_size
-        threads = torch.get_num_threads() if threads is None else threads
+        self.threads = max(1, torch.get_num_threads() if threads is None else threads)
         with torch.no_grad():
-            self._decoder = module.Decoder(_described(model, precision), streams, max(1, threads))
+            self._decoder = module.Decoder(_described(model, precision), streams, self.threads)
 
     def begin(self, windows: list[list[int]]) -> None:
         """Forget all; stream i begins with the last block_size of `windows[i]`, at least one token each."""
@@ -62,7 +65,7 @@ class NativeDecoder:
 
     def read(self, keep: int | None = None) -> torch.Tensor:
         """Logits (streams, V) after all tokens. A window that became too long goes on with its last `keep`."""
-        return self._decoder.read(self._keep(keep))  # type: ignore[no-any-return]
+        return self._decoder.read(self._keep(keep), self.threads)  # type: ignore[no-any-return]
 
     def append(self, tokens: list[int]) -> None:
         """One more token for each stream."""
@@ -85,21 +88,57 @@ class NativeDecoder:
 
         Raises ChargptError when the logits have no softmax.
         """
-        position, burst = 0, 1
+        position, burst, team = 0, 1, Team(self.threads)
         while position < count:
             burst = min(burst, count - position)
-            tokens = self._decoder.generate(
-                burst, position, seed, self._keep(keep), temperature, top_k or 0, 1.0 if top_p is None else top_p, min_p or 0.0
+            tokens = team.timed(
+                burst,
+                lambda threads, burst=burst, position=position: self._decoder.generate(  # type: ignore[misc]
+                    burst,
+                    position,
+                    seed,
+                    self._keep(keep),
+                    temperature,
+                    top_k or 0,
+                    1.0 if top_p is None else top_p,
+                    min_p or 0.0,
+                    threads,
+                ),
             )
             if tokens is None:
-                raise ChargptError(
-                    "the model's logits are not finite numbers: its weights are broken; use another checkpoint"
-                )
+                raise ChargptError(BROKEN_LOGITS)
             yield from tokens[:, :, None]
             position, burst = position + burst, min(2 * burst, MOST_AT_ONCE)
 
     def _keep(self, keep: int | None) -> int:
         return max(1, self.block_size // 2) if keep is None else min(keep, self.block_size)
+
+
+class Team:
+    """How many threads to decode with: all, unless one alone is faster, as where other processes want the cores too.
+
+    Threads wait for each other many times a token, and one that lost its core keeps the others waiting. The number
+    changes no bits, so now and then the other one is tried.
+    """
+
+    EVERY = 16  # bursts between two trials
+
+    def __init__(self, threads: int) -> None:
+        self.choices = sorted({1, threads}, reverse=True)
+        self.seconds = dict.fromkeys(self.choices, 0.0)  # for a token, lately
+        self.bursts = 0
+
+    def timed(self, count: int, decode: Callable[[int], T]) -> T:
+        """What `decode` returns with a number of threads, for `count` tokens."""
+        best = min(self.choices, key=lambda threads: self.seconds[threads])
+        others = [threads for threads in self.choices if threads != best]
+        threads = others[0] if others and self.bursts % self.EVERY == self.EVERY - 1 else best
+        start = time.perf_counter()
+        result = decode(threads)
+        if count == MOST_AT_ONCE:  # shorter ones say little
+            self.seconds[threads] = (time.perf_counter() - start) / count
+            self.bursts += 1
+        return result
 
 
 def _described(model: Transformer, precision: Precision) -> dict[str, Any]:
@@ -125,7 +164,8 @@ def _described(model: Transformer, precision: Precision) -> dict[str, Any]:
             described |= {"expand": weights(block.mlp.expand), "contract": weights(block.mlp.projection)}
         return described
 
-    rotary = model.blocks[0].attention.rotary
+    blocks: list[Any] = list(model.blocks)
+    rotary = blocks[0].attention.rotary
     cos, sin = (None, None) if rotary is None else rotary.angles()
     head = (model.token_embedding.weight, None) if model.head is None else (model.head.weight, model.head.bias)
     bigrams, positions = model.bigram_embedding, model.position_embedding
@@ -148,7 +188,7 @@ def _described(model: Transformer, precision: Precision) -> dict[str, Any]:
         "position_embedding": None if positions is None else plain(positions.weight),
         "cos": plain(cos),
         "sin": plain(sin),
-        "layers": [layer(block) for block in model.blocks],
+        "layers": [layer(block) for block in blocks],
         "norm_gain": weights(model.norm),
         "head": tuple(plain(x) for x in head),
     }

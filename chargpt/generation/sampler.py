@@ -4,11 +4,13 @@ The one idea to know: the model reads each token once, into a cache, and goes on
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import torch
 
-from chargpt.config import SampleConfig
-from chargpt.errors import ChargptError, TokenizerError
+from chargpt.config import Engine, SampleConfig
+from chargpt.errors import ChargptError, ConfigError, TokenizerError
+from chargpt.generation.native import BROKEN_LOGITS, NativeDecoder, why_not
 from chargpt.kernels import philox
 from chargpt.models import LanguageModel
 from chargpt.tokenizers import Tokenizer
@@ -34,7 +36,7 @@ def next_token_probabilities(
     """
     likeliest = logits.amax(-1, keepdim=True)  # (B, 1); NaN if any logit is
     if not torch.isfinite(likeliest).all():
-        raise ChargptError("the model's logits are not finite numbers: its weights are broken; use another checkpoint")
+        raise ChargptError(BROKEN_LOGITS)
     if temperature == 0:
         return torch.nn.functional.one_hot(logits.argmax(-1), logits.size(-1)).float()
     # In float64, and after the maximum is taken away, no temperature is so small that it makes ∞ − ∞.
@@ -140,23 +142,38 @@ def stream_text(
 def _stream(model: LanguageModel, tokenizer: Tokenizer, idx: torch.Tensor, config: SampleConfig) -> Iterator[list[str]]:
     decoders = [tokenizer.decoder() for _ in range(config.num_samples)]
     ends = [Until(config.stop) for _ in range(config.num_samples)]
-    for token in stream_tokens(
-        model,
-        idx,
-        config.max_new_tokens,
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        min_p=config.min_p,
-        seed=config.seed,
-        keep=config.keep,
-    ):
+    for token in _tokens(model, idx, config):
         pieces = [decode(row) for decode, row in zip(decoders, token.cpu().numpy(), strict=True)]
         yield [until(piece) for until, piece in zip(ends, pieces, strict=True)]
         if all(until.reached for until in ends):
             return
     if any(until.held for until in ends):
         yield [until.held for until in ends]
+
+
+def _tokens(model: LanguageModel, idx: torch.Tensor, config: SampleConfig) -> Iterator[torch.Tensor]:
+    """The next tokens (B, 1) after `idx` (B, T), by the engine that `config` names."""
+    names = ("temperature", "top_k", "top_p", "min_p", "seed", "keep")
+    options = {name: getattr(config, name) for name in names}
+    engine = choose_engine(model, config.engine)
+    if engine == "torch":
+        return stream_tokens(model, idx, config.max_new_tokens, **options)
+    decoder = NativeDecoder(model, len(idx), engine)
+    decoder.begin(idx.tolist())
+    return decoder.generate(config.max_new_tokens, **options)
+
+
+def choose_engine(model: LanguageModel, engine: Engine = "auto") -> Literal["torch", "fp32", "bf16"]:
+    """What generates: torch, or C++ with weights in float32 or bfloat16; "auto" takes bfloat16 where C++ can.
+
+    Raises ConfigError when C++ is asked for by name and cannot.
+    """
+    problem = None if engine == "torch" else why_not(model)
+    if engine in ("fp32", "bf16") and problem is not None:
+        raise ConfigError(f"engine {engine} cannot generate here: {problem}; leave it at auto")
+    if engine == "auto":
+        return "bf16" if problem is None else "torch"
+    return engine
 
 
 class Until:

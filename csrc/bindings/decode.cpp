@@ -98,12 +98,12 @@ class PyDecoder {
     ready_ = true;
   }
 
-  Tensor read(int64_t keep) {
-    check_state(keep);
+  Tensor read(int64_t keep, int threads) {
+    check_state(keep, threads);
     const int64_t V = decoder_->model().V, streams = decoder_->streams();
     const Tensor logits = at::empty({streams, V}, at::TensorOptions().dtype(at::kFloat));
     const py::gil_scoped_release nogil;
-    decoder_->read(keep);
+    decoder_->read(keep, threads);
     for (int64_t i = 0; i < streams; ++i) {
       std::copy_n(decoder_->logits() + i * cpu::padded(V), V, logits.data_ptr<float>() + i * V);
     }
@@ -119,12 +119,12 @@ class PyDecoder {
   }
 
   std::optional<Tensor> generate(int64_t count, int64_t position, uint64_t seed, int64_t keep, double temperature,
-                                 int64_t top_k, double top_p, double min_p) {
-    check_state(keep);
+                                 int64_t top_k, double top_p, double min_p, int threads) {
+    check_state(keep, threads);
     const Tensor out = at::empty({count, decoder_->streams()}, at::TensorOptions().dtype(at::kLong));
     const py::gil_scoped_release nogil;
     const cpu::DrawOptions options{.temperature = temperature, .top_k = top_k, .top_p = top_p, .min_p = min_p};
-    if (!decoder_->generate(count, position, seed, keep, options, out.data_ptr<int64_t>())) return std::nullopt;
+    if (!decoder_->generate(count, position, seed, keep, options, threads, out.data_ptr<int64_t>())) return std::nullopt;
     return out;
   }
 
@@ -132,7 +132,8 @@ class PyDecoder {
   void check(int32_t token) const {
     if (token < 0 || token >= decoder_->model().V) throw py::value_error("a token outside the vocabulary");
   }
-  void check_state(int64_t keep) const {
+  void check_state(int64_t keep, int threads) const {
+    if (threads < 1 || threads > decoder_->most_threads()) throw py::value_error("more threads than it was made for");
     if (!ready_) throw py::value_error("nothing to read: begin or append first");
     if (keep < 1 || keep > decoder_->model().block_size) throw py::value_error("keep is 1 to block_size tokens");
   }
@@ -146,12 +147,12 @@ class PyDecoder {
 
 void define_decode(py::module_& m) {
   py::class_<PyDecoder>(m, "Decoder", "A Transformer that reads and writes token by token; see chargpt/generation/native.py.")
-      .def(py::init<const py::dict&, int64_t, int>(), py::arg("model"), py::arg("streams"), py::arg("threads"))
+      .def(py::init<const py::dict&, int64_t, int>(), py::arg("model"), py::arg("streams"), py::arg("most_threads"))
       .def("begin", &PyDecoder::begin, py::arg("windows"))
-      .def("read", &PyDecoder::read, py::arg("keep"))
+      .def("read", &PyDecoder::read, py::arg("keep"), py::arg("threads"))
       .def("append", &PyDecoder::append, py::arg("tokens"))
       .def("generate", &PyDecoder::generate, py::arg("count"), py::arg("position"), py::arg("seed"), py::arg("keep"),
-           py::arg("temperature"), py::arg("top_k"), py::arg("top_p"), py::arg("min_p"));
+           py::arg("temperature"), py::arg("top_k"), py::arg("top_p"), py::arg("min_p"), py::arg("threads"));
 }
 
 }  // namespace chargpt::bindings

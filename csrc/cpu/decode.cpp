@@ -18,7 +18,7 @@ namespace {
 
 constexpr float kLayerNormEps = 1e-5f, kRmsNormEps = 1e-6f;
 constexpr int64_t kPassRows = 64;  // the most tokens of one pass: their activations stay in the caches
-constexpr int kSpins = 4000;       // before a waiting thread lets others have its core
+constexpr int kSpins = 1000;       // some microseconds, before a waiting thread lets others have its core
 
 // Where threads wait for one another. Between two phases little time passes, so they spin, but not for long: another
 // process may have taken the core of the one they wait for.
@@ -35,13 +35,10 @@ class Barrier {
       return;
     }
     for (int spins = 0; round_.load(std::memory_order_acquire) == round; ++spins) {
-      if (spins >= kSpins) {
-        std::this_thread::yield();
-      } else {
 #if defined(__x86_64__)
-        __builtin_ia32_pause();
+      __builtin_ia32_pause();
 #endif
-      }
+      if (spins >= kSpins) std::this_thread::yield();
     }
   }
 
@@ -211,15 +208,15 @@ int64_t draw_token(const float* logits, int64_t V, const DrawOptions& options, d
 struct Decoder::State {
   const DecodeModel model;
   const int64_t streams;
-  const int threads;
+  const int most_threads;
   std::vector<std::vector<int32_t>> windows;  // what each stream sees, and tokens that it has not read yet
   std::vector<int64_t> cached;                // how many of them it has read
   std::vector<float> x, attended, qkv, hidden, logits, normed, scores, cache;
   DecodePass pass;
   std::vector<Reading> readings;
 
-  State(DecodeModel given, int64_t streams, int threads)
-      : model(std::move(given)), streams(streams), threads(threads), windows(streams), cached(streams) {
+  State(DecodeModel given, int64_t streams, int most_threads)
+      : model(std::move(given)), streams(streams), most_threads(most_threads), windows(streams), cached(streams) {
     const int64_t stride = padded(model.C), D = model.D, slots = padded(model.block_size);
     const int64_t qkv_stride = padded((model.H + 2 * model.H_kv) * D);
     const int64_t hidden_stride = padded(model.hidden * (model.activation == Activation::kSwiglu ? 2 : 1)) + kPanel;
@@ -229,8 +226,8 @@ struct Decoder::State {
     qkv.resize(kPassRows * qkv_stride);
     hidden.resize(kPassRows * hidden_stride);
     logits.resize(streams * padded(model.V));
-    normed.resize(threads * kPassRows * stride);
-    scores.resize(threads * slots);
+    normed.resize(most_threads * kPassRows * stride);
+    scores.resize(most_threads * slots);
     const int64_t head_floats = slots * (D + padded(D));
     cache.resize(streams * layers * model.H_kv * head_floats);
     pass = {.readings = nullptr,
@@ -254,7 +251,7 @@ struct Decoder::State {
 
   void collect(int64_t keep);
   template <class Step>
-  bool together(Step step);
+  bool together(int threads, Step step);
 };
 
 // What no stream has read yet, stream after stream.
@@ -277,13 +274,13 @@ void Decoder::State::collect(int64_t keep) {
 // Runs `step(run)`, which calls `run` for passes over all of `readings` as often as it likes. The other threads live as
 // long as that, and no longer.
 template <class Step>
-bool Decoder::State::together(Step step) {
+bool Decoder::State::together(int threads, Step step) {
   const auto run_pass = kernels().run_pass;
   Barrier barrier(threads);
   bool done = false;
   std::vector<std::thread> others;
   for (int thread = 1; thread < threads; ++thread) {
-    others.emplace_back([this, &barrier, &done, run_pass, thread] {
+    others.emplace_back([this, &barrier, &done, run_pass, thread, threads] {
       for (;;) {
         barrier.wait();  // until there is a pass, or no more
         if (done) return;
@@ -297,7 +294,7 @@ bool Decoder::State::together(Step step) {
     for (std::thread& other : others) other.join();
   };
   try {
-    const bool result = step([this, &barrier, run_pass] {
+    const bool result = step([this, &barrier, run_pass, threads] {
       int64_t finished = 0;
       for (int64_t begin = 0; begin < static_cast<int64_t>(readings.size()); begin += kPassRows) {
         pass.readings = readings.data() + begin;
@@ -316,11 +313,12 @@ bool Decoder::State::together(Step step) {
   }
 }
 
-Decoder::Decoder(DecodeModel model, int64_t streams, int threads)
-    : state_(std::make_unique<State>(std::move(model), streams, threads)) {}
+Decoder::Decoder(DecodeModel model, int64_t streams, int most_threads)
+    : state_(std::make_unique<State>(std::move(model), streams, most_threads)) {}
 Decoder::~Decoder() = default;
 
 int64_t Decoder::streams() const { return state_->streams; }
+int Decoder::most_threads() const { return state_->most_threads; }
 const DecodeModel& Decoder::model() const { return state_->model; }
 
 void Decoder::begin(std::vector<std::vector<int32_t>> windows) {
@@ -328,8 +326,8 @@ void Decoder::begin(std::vector<std::vector<int32_t>> windows) {
   std::fill(state_->cached.begin(), state_->cached.end(), 0);
 }
 
-void Decoder::read(int64_t keep) {
-  state_->together([this, keep](const auto& run) {
+void Decoder::read(int64_t keep, int threads) {
+  state_->together(threads, [this, keep](const auto& run) {
     state_->collect(keep);
     run();
     return true;
@@ -341,8 +339,8 @@ const float* Decoder::logits() const { return state_->logits.data(); }
 void Decoder::append(int64_t stream, int32_t token) { state_->windows[stream].push_back(token); }
 
 bool Decoder::generate(int64_t count, int64_t position, uint64_t seed, int64_t keep, const DrawOptions& options,
-                       int64_t* out) {
-  return state_->together([=, this](const auto& run) {
+                       int threads, int64_t* out) {
+  return state_->together(threads, [=, this](const auto& run) {
     for (int64_t n = 0; n < count; ++n) {
       state_->collect(keep);
       run();

@@ -72,10 +72,11 @@ double uniform_number(uint64_t seed, uint32_t sample, uint32_t position);
 
 class Decoder {
  public:
-  Decoder(DecodeModel model, int64_t streams, int threads);  // the model's pointers must outlive it
+  Decoder(DecodeModel model, int64_t streams, int most_threads);  // the model's pointers must outlive it
   ~Decoder();
 
   int64_t streams() const;
+  int most_threads() const;
   const DecodeModel& model() const;
 
   // Forget all, and begin stream i with `windows[i]`: at least one token each, at most block_size.
@@ -83,14 +84,15 @@ class Decoder {
 
   // Read what no stream has read yet. Where a window is longer than block_size, its stream goes on with the last `keep`
   // tokens of it, from position 0. Afterwards logits() is (streams, padded(V)).
-  void read(int64_t keep);
+  void read(int64_t keep, int threads);
   const float* logits() const;
 
   void append(int64_t stream, int32_t token);
 
   // `count` times: read, draw, append. out: (count, streams). The first draw has the number of `position`. False if
   // logits had no softmax.
-  bool generate(int64_t count, int64_t position, uint64_t seed, int64_t keep, const DrawOptions& options, int64_t* out);
+  bool generate(int64_t count, int64_t position, uint64_t seed, int64_t keep, const DrawOptions& options, int threads,
+                int64_t* out);
 
  private:
   struct State;

@@ -285,7 +285,7 @@ void run_pass(const DecodeModel& model, const DecodePass& pass, Barrier& barrier
     normalise(model.norm, model.last_norm, pass.x + r * stride, model.C, normed + finished * stride);
     ++finished;
   }
-  if (finished == 0) return;
+  if (finished == 0) return barrier.wait();  // before the pass changes
   const int64_t width = padded(model.V);
   multiply_share({model.head, normed, stride, pass.logits, width, Into::kStore}, finished, thread, threads);
   barrier.wait();

@@ -1,0 +1,233 @@
+"""The C++ decoder says what the model says, whatever its parts, and its bits depend on nothing but the stream."""
+
+import copy
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from chargpt.config import BigramConfig, SampleConfig, TransformerConfig
+from chargpt.errors import ChargptError, ConfigError
+from chargpt.generation import NativeDecoder, choose_engine, generate_text, native, stream_tokens, why_not
+from chargpt.kernels import native as modules
+from chargpt.models import Ensemble, LanguageModel, Transformer, build_model
+from chargpt.tokenizers import CharacterTokenizer
+
+pytestmark = pytest.mark.skipif(modules.load().module is None, reason="the native module is not here")
+
+V = 13
+BASE = TransformerConfig(block_size=16, n_layer=2, n_head=4, n_embd=24)
+MODERN = {"position": "rotary", "qk_norm": True, "norm": "rmsnorm", "mlp": "relu2", "bigram_embeddings": True}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "gpt2": {},
+    "modern": {**MODERN, "value_embeddings": True, "logit_softcap": 5.0},
+    "llama": {"n_kv_head": 2, "mlp": "swiglu", "bias": False, "tied_head": True, "position": "rotary"},
+    "bare": {"norm": "none", "mlp": "none", "position": "none"},
+    "one kv head": {"mlp": "relu", "n_kv_head": 1, "n_embd": 36, "value_embeddings": True},
+    "odd": {"mlp_width": 1.3, "n_embd": 15, "n_head": 3, "n_layer": 3, "block_size": 21},
+    "long": {"block_size": 150, "n_head": 1, "n_embd": 34},  # several blocks of keys, and rows that straddle passes
+}
+EVERY = pytest.mark.parametrize("name", CONFIGS)
+
+
+def made(name: str, seed: int = 3) -> Transformer:
+    """With weights so large that every part matters, biases and gains too."""
+    model = build_model(dataclasses.replace(BASE, **CONFIGS[name]), V, seed, "torch").eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            scale = 0.5 / parameter.shape[-1] ** 0.5 if parameter.dim() > 1 else 0.2
+            parameter += scale * torch.randn(parameter.shape, generator=generator)
+    assert isinstance(model, Transformer)
+    return model
+
+
+def tokens(count: int, seed: int = 0) -> list[int]:
+    return torch.randint(V, (count,), generator=torch.Generator().manual_seed(seed)).tolist()  # type: ignore[no-any-return]
+
+
+def windows(lengths: Sequence[int]) -> list[list[int]]:
+    return [tokens(length, seed) for seed, length in enumerate(lengths)]
+
+
+@torch.no_grad()
+def recomputed(model: LanguageModel, held: list[list[int]]) -> torch.Tensor:
+    """The logits (streams, V) after each window, from all of it."""
+    return torch.stack([model.logits(model.hidden(torch.tensor([window]))[0, -1]) for window in held])
+
+
+@EVERY
+@pytest.mark.parametrize("keep", [None, 1, 7, 1000])
+def test_the_logits_are_those_of_the_held_window_at_every_step(name: str, keep: int | None) -> None:
+    """Over three windows and with prompts of different lengths; the truth is in float64."""
+    model, exact = made(name), made(name).double()
+    size = model.block_size
+    kept = size // 2 if keep is None else min(keep, size)
+    held = windows([1, size // 2, size])
+    decoder = NativeDecoder(model, 3, threads=1)
+    decoder.begin(held)
+    for step in range(3 * size if keep is None and size < 100 else 20):
+        got, wanted = decoder.read(keep), recomputed(exact, held)
+        torch.testing.assert_close(got.double(), wanted, rtol=2e-5, atol=2e-5)
+        new = tokens(3, seed=100 + step)
+        decoder.append(new)
+        for window, token in zip(held, new, strict=True):
+            window.append(token)
+            if len(window) > size:
+                del window[:-kept]
+
+
+@EVERY
+def test_bfloat16_is_the_model_with_rounded_matrices(name: str) -> None:
+    model = made(name)
+    rounded = copy.deepcopy(model)
+    head = nn.Linear(model.width, V, bias=False) if model.head is None else rounded.head
+    assert isinstance(head, nn.Linear)
+    with torch.no_grad():
+        if model.head is None:
+            head.weight.copy_(model.token_embedding.weight)
+        rounded.head = head  # a tied table is rounded where it is a matrix
+        for module in rounded.modules():
+            if isinstance(module, nn.Linear):
+                module.weight.copy_(module.weight.bfloat16())
+    held = windows([3, 9])
+    decoder = NativeDecoder(model, 2, "bf16")
+    decoder.begin(held)
+    torch.testing.assert_close(decoder.read().double(), recomputed(rounded.double(), held), rtol=2e-5, atol=2e-5)
+
+
+@EVERY
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_bits_depend_on_the_stream_alone(name: str, precision: native.Precision) -> None:
+    """Not on threads, on neighbours, or on how many tokens were read together."""
+    model = made(name)
+    size = model.block_size
+    held = windows([size, 2, size // 2])
+    alone = []
+    for window in held:
+        decoder = NativeDecoder(model, 1, precision, threads=1)
+        decoder.begin([window[:1]])
+        for token in window[1:]:
+            decoder.read()
+            decoder.append([token])
+        alone.append(decoder.read()[0])
+    for threads in (1, 2, 3):
+        for chosen in ([0, 1, 2], [2, 0], [1], [0] * 9):
+            decoder = NativeDecoder(model, len(chosen), precision, threads)
+            decoder.begin([held[number] for number in chosen])
+            assert torch.equal(decoder.read(), torch.stack([alone[number] for number in chosen]))
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"temperature": 0.0},
+    {"temperature": 0.7, "top_k": 4, "top_p": 0.9, "min_p": 0.05},
+    {"temperature": 1e-12},
+    {"temperature": 50.0, "top_p": 0.3},
+    {"top_k": 1},
+    {"top_k": 1000, "top_p": 1.0, "min_p": 1.0},
+    {"keep": 3, "temperature": 2.0, "seed": 2**64 - 1},
+]
+
+
+@EVERY
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_the_draws_are_those_of_torch(name: str, options: dict[str, Any]) -> None:
+    model, count = made(name), 70
+    prompt = torch.tensor([tokens(5)]).expand(3, -1)
+    wanted = torch.cat(list(stream_tokens(model, prompt, count, **{"seed": 5} | options)), 1)
+    decoder = NativeDecoder(model, 3, threads=1)
+    decoder.begin(prompt.tolist())
+    assert torch.equal(torch.cat(list(decoder.generate(count, **{"seed": 5} | options)), 1), wanted)
+
+
+def test_one_thread_or_all_whichever_is_faster_now() -> None:
+    team, used = native.Team(4), []
+
+    def decode(slow: int, threads: int) -> None:
+        used.append(threads)
+        if threads == slow:
+            torch.randn(300, 300) @ torch.randn(300, 300)
+
+    for _ in range(40):
+        team.timed(native.MOST_AT_ONCE, lambda threads: decode(4, threads))
+    assert set(used[:2]) == {1, 4}  # each is tried at once
+    assert used[2:].count(1) > 30
+    assert 4 in used[2:]  # and again now and then
+    assert native.Team(1).timed(1, lambda threads: threads) == 1
+
+
+@pytest.mark.parametrize("engine", ["torch", "fp32", "bf16", "auto"])
+def test_every_engine_writes_text(engine: Any) -> None:
+    tokenizer = CharacterTokenizer("abcdefghijklm")
+    config = SampleConfig(num_samples=2, max_new_tokens=100, engine=engine, stop=("zz",))
+    texts = generate_text(made("modern"), tokenizer, "ab", config)
+    assert [len(text) for text in texts] == [102, 102]
+    if engine in ("torch", "fp32"):
+        other = dataclasses.replace(config, engine="torch")
+        assert texts == generate_text(made("modern"), tokenizer, "ab", other)
+
+
+def test_what_cpp_cannot_decode_goes_to_torch_and_says_why() -> None:
+    model = made("gpt2")
+    assert (choose_engine(model), choose_engine(model, "fp32"), choose_engine(model, "torch")) == (
+        "bf16",
+        "fp32",
+        "torch",
+    )
+    without = build_model(dataclasses.replace(BASE, residual=False, norm="none", mlp="none", n_layer=1), V, 1)
+    quantised = made("gpt2")
+    quantised.head = nn.Identity()  # type: ignore[assignment]
+    for other, reason in (
+        (build_model(BigramConfig(), V, 1), "not BigramLanguageModel"),
+        (Ensemble([model, model]), "not Ensemble"),
+        (without, "without a residual stream"),
+        (quantised, "the head is a Identity"),
+        (copy.deepcopy(model).to("meta"), "not on the CPU"),
+    ):
+        assert reason in str(why_not(other))
+        assert choose_engine(other) == "torch"
+        with pytest.raises(ConfigError, match="engine fp32 cannot generate here"):
+            choose_engine(other, "fp32")
+        with pytest.raises(ChargptError, match=reason):
+            NativeDecoder(other, 1)
+
+
+def test_broken_weights_are_one_sentence() -> None:
+    for value in (float("nan"), float("inf"), -float("inf")):
+        model = made("gpt2")
+        with torch.no_grad():
+            model.norm.weight.fill_(value)
+        decoder = NativeDecoder(model, 2)
+        decoder.begin([[1], [2]])
+        with pytest.raises(ChargptError, match="not finite numbers"):
+            list(decoder.generate(3))
+
+
+def test_nonsense_is_refused_and_reads_no_memory() -> None:
+    decoder = NativeDecoder(made("gpt2"), 2)
+    with pytest.raises(ValueError, match="nothing to read"):
+        decoder.read()
+    for wrong in ([[1]], [[1], [2], [3]], [[1], []], [[1], [V]], [[1], [-1]]):
+        with pytest.raises(ValueError, match=r"window|vocabulary"):
+            decoder.begin(wrong)
+    decoder.begin([[1], [2] * 1000])  # the last block_size of them
+    assert decoder.read().isfinite().all()
+    for wrong_tokens in ([1], [1, 2, 3], [1, V], [-1, 1], [2**40, 1]):
+        with pytest.raises((ValueError, TypeError)):
+            decoder.append(wrong_tokens)
+    with pytest.raises(ValueError, match="nothing to read"):
+        decoder.read()
+
+
+def test_weights_are_taken_as_they_are_when_it_is_made() -> None:
+    model = made("gpt2")
+    decoder = NativeDecoder(model, 1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    decoder.begin([[1, 2, 3]])
+    torch.testing.assert_close(decoder.read(), recomputed(made("gpt2"), [[1, 2, 3]]), rtol=1e-4, atol=1e-4)
