@@ -89,8 +89,8 @@ $(GPU_ENV)/.ready: benchmarks/gpu/requirements.txt
 	@touch $@
 
 # Each kernel with its test, without torch or Python, on every code path that this CPU has.
-SANITIZED := attention cross_entropy block
-sanitize: $(SANITIZED:%=build/sanitize/%)  ## run the C++ under AddressSanitizer and UndefinedBehaviorSanitizer
+SANITIZED := attention cross_entropy block decode
+sanitize: $(SANITIZED:%=build/sanitize/%) build/sanitize/decode-threads  ## run the C++ under Address-, UndefinedBehavior- and ThreadSanitizer
 	for kernel in $^; do for isa in plain avx2 avx512 avx512_bf16; do \
 		CHARGPT_CPU_ISA=$$isa UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 $$kernel || exit 1; done; done
 
@@ -98,6 +98,10 @@ build/sanitize/%: csrc/tests/%_test.cpp csrc/cpu/%.cpp $(wildcard csrc/cpu/* csr
 	@mkdir -p $(@D)
 	$(CXX) -std=c++20 -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined \
 		csrc/tests/$*_test.cpp csrc/cpu/$*.cpp -o $@
+
+build/sanitize/decode-threads: csrc/tests/decode_test.cpp csrc/cpu/decode.cpp $(wildcard csrc/cpu/* csrc/cpu/simd/* csrc/common/*)
+	@mkdir -p $(@D)
+	$(CXX) -std=c++20 -O1 -g -fsanitize=thread csrc/tests/decode_test.cpp csrc/cpu/decode.cpp -o $@
 
 # In an environment of its own, since .venv's torch may be a build without CUDA. `===` takes exactly this release, which
 # is the one with CUDA on Linux; `==` would take 2.13.0+cpu for it where that is at hand. About 5 GB.

@@ -83,7 +83,7 @@ class Decoder {
   void begin(std::vector<std::vector<int32_t>> windows);
 
   // Read what no stream has read yet. Where a window is longer than block_size, its stream goes on with the last `keep`
-  // tokens of it, from position 0. Afterwards logits() is (streams, padded(V)).
+  // tokens of it (1 to block_size), from position 0. Afterwards logits() is (streams, padded(V)).
   void read(int64_t keep, int threads);
   const float* logits() const;
 

@@ -184,7 +184,7 @@ def test_what_cpp_cannot_decode_goes_to_torch_and_says_why() -> None:
     for other, reason in (
         (build_model(BigramConfig(), V, 1), "not BigramLanguageModel"),
         (Ensemble([model, model]), "not Ensemble"),
-        (without, "without a residual stream"),
+        (without, "with a residual stream"),
         (quantised, "the head is a Identity"),
         (copy.deepcopy(model).to("meta"), "not on the CPU"),
     ):

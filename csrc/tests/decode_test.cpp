@@ -1,0 +1,160 @@
+// Runs decode.cpp without torch, for the sanitizers: every table ends where it ends, and the bits of a stream's logits
+// are the same for any number of threads, beside any others, read at once or token by token. `make sanitize` runs it on
+// every code path, under ThreadSanitizer too. That the logits are right is for tests/generation/test_native.py.
+
+#include "../cpu/decode.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <random>
+
+using namespace chargpt::cpu;
+
+namespace {
+
+int failures = 0;
+std::mt19937 random_bits(1);
+
+// Memory that ends where its numbers end, unlike a vector's, which may have more.
+struct Tables {
+  std::vector<std::unique_ptr<float[]>> kept;
+
+  const float* draw(int64_t n) {
+    std::normal_distribution<float> normal(0, 0.4f);
+    kept.push_back(std::make_unique<float[]>(n));
+    for (int64_t i = 0; i < n; ++i) kept.back()[i] = normal(random_bits);
+    return kept.back().get();
+  }
+};
+
+struct Shape {
+  int64_t V, block_size, C, H, H_kv, hidden;
+  Norm norm;
+  Activation activation;
+  bool rotary, half;
+};
+
+DecodeModel make(const Shape& shape, Tables* tables) {
+  const int64_t C = shape.C, D = C / shape.H, kv = shape.H_kv * D;
+  const bool gains = shape.norm == Norm::kLayer;
+  const auto gain = [&] { return gains ? Gain{tables->draw(C), tables->draw(C)} : Gain{}; };
+  const auto linear = [&](int64_t N, int64_t K) { return Linear(tables->draw(N * K), tables->draw(N), N, K, shape.half); };
+  DecodeModel model{.V = shape.V,
+                    .block_size = shape.block_size,
+                    .C = C,
+                    .H = shape.H,
+                    .H_kv = shape.H_kv,
+                    .D = D,
+                    .hidden = shape.hidden,
+                    .norm = shape.norm,
+                    .activation = shape.activation,
+                    .qk_norm = shape.rotary,
+                    .softcap = shape.rotary ? 5.0f : 0.0f,
+                    .token_embedding = tables->draw(shape.V * C),
+                    .bigram_embedding = tables->draw(7 * C),
+                    .bigram_rows = 7,
+                    .position_embedding = shape.rotary ? nullptr : tables->draw(shape.block_size * C),
+                    .cos = shape.rotary ? tables->draw(shape.block_size * (D / 2)) : nullptr,
+                    .sin = shape.rotary ? tables->draw(shape.block_size * (D / 2)) : nullptr,
+                    .layers = {},
+                    .last_norm = gain(),
+                    .head = linear(shape.V, C)};
+  for (int layer = 0; layer < 2; ++layer) {
+    DecodeLayer made{.attention_norm = gain(),
+                     .mlp_norm = gain(),
+                     .qkv = linear(C + 2 * kv, C),
+                     .projection = linear(C, C),
+                     .expand = {},
+                     .contract = {},
+                     .value_embedding = shape.rotary ? tables->draw(shape.V * kv) : nullptr};
+    if (shape.activation != Activation::kNone) {
+      made.expand = linear(shape.hidden * (shape.activation == Activation::kSwiglu ? 2 : 1), C);
+      made.contract = linear(C, shape.hidden);
+    }
+    model.layers.push_back(std::move(made));
+  }
+  return model;
+}
+
+std::vector<int32_t> window(int64_t size, int64_t V) {
+  std::vector<int32_t> tokens(size);
+  for (int32_t& token : tokens) token = static_cast<int32_t>(random_bits() % V);
+  return tokens;
+}
+
+std::vector<float> logits_of(const Decoder& decoder, int64_t stream, int64_t V) {
+  const float* row = decoder.logits() + stream * padded(V);
+  return {row, row + V};
+}
+
+void check(const Shape& shape) {
+  Tables tables;
+  const auto model = [&, seed = random_bits()] {
+    random_bits.seed(seed);
+    return make(shape, &tables);
+  };
+  const std::vector<std::vector<int32_t>> windows{window(shape.block_size, shape.V), window(1, shape.V),
+                                                  window(shape.block_size / 2, shape.V)};
+  std::vector<std::vector<float>> alone;
+  for (const auto& tokens : windows) {
+    Decoder decoder(model(), 1, 1);
+    decoder.begin({{tokens[0]}});
+    for (size_t i = 1; i < tokens.size(); ++i) {
+      decoder.read(1, 1);
+      decoder.append(0, tokens[i]);
+    }
+    decoder.read(1, 1);
+    alone.push_back(logits_of(decoder, 0, shape.V));
+    for (float x : alone.back()) failures += !std::isfinite(x);
+  }
+  const DrawOptions options{.temperature = 0.9, .top_k = 5, .top_p = 0.95, .min_p = 0.01};
+  std::vector<int64_t> first(20 * 3), again(20 * 3);
+  for (int threads : {1, 2, 3}) {
+    Decoder decoder(model(), 3, threads);
+    decoder.begin(windows);
+    decoder.read(1, threads);
+    for (int64_t i = 0; i < 3; ++i) {
+      const auto got = logits_of(decoder, i, shape.V);
+      if (std::memcmp(got.data(), alone[i].data(), sizeof(float) * got.size()) != 0 && ++failures <= 10) {
+        std::printf("C %ld, %d threads: stream %ld differs\n", static_cast<long>(shape.C), threads, static_cast<long>(i));
+      }
+    }
+    decoder.begin(windows);
+    auto& out = threads == 1 ? first : again;
+    if (!decoder.generate(20, 0, 7, std::min<int64_t>(3, shape.block_size), options, threads, out.data())) ++failures;
+    if (threads > 1 && first != again) ++failures;
+  }
+}
+
+void check_drawing() {
+  const float infinity = std::numeric_limits<float>::infinity(), nan = std::nanf("");
+  for (const auto& [logits, wanted] : std::vector<std::pair<std::vector<float>, int64_t>>{
+           {{0, nan}, -1}, {{nan, 0}, -1}, {{infinity, 0}, -1}, {{-infinity, -infinity}, -1}, {{-infinity, 3}, 1}}) {
+    for (double temperature : {0.0, 1.0}) {
+      const DrawOptions options{.temperature = temperature};
+      failures += draw_token(logits.data(), static_cast<int64_t>(logits.size()), options, 0.999) != wanted;
+    }
+  }
+  const float even[] = {1, 1, 1, 1};
+  for (int64_t token = 0; token < 4; ++token) failures += draw_token(even, 4, {}, 0.25 * token + 0.1) != token;
+  failures += draw_token(even, 4, {.top_k = 2}, 0.99) != 1 || draw_token(even, 4, {.top_p = 0.5}, 0.99) != 1;
+}
+
+}  // namespace
+
+int main() {
+  for (bool half : {false, true}) {
+    check({11, 8, 24, 4, 4, 96, Norm::kLayer, Activation::kGelu, false, half});
+    check({65, 33, 32, 2, 1, 128, Norm::kRms, Activation::kReluSquared, true, half});
+    check({130, 70, 48, 4, 2, 67, Norm::kRms, Activation::kSwiglu, true, half});
+    check({3, 5, 15, 3, 3, 19, Norm::kLayer, Activation::kRelu, false, half});
+    check({300, 2, 1, 1, 1, 1, Norm::kNone, Activation::kNone, false, half});
+  }
+  check_drawing();
+  std::printf(failures == 0 ? "decode: all right\n" : "decode: %d failures\n", failures);
+  return failures != 0;
+}
