@@ -148,20 +148,28 @@ def _described(model: Transformer, precision: Precision) -> dict[str, Any]:
     def plain(x: torch.Tensor | None) -> torch.Tensor | None:
         return None if x is None else x.detach().float().contiguous()
 
-    def weights(layer: Any) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def table(x: torch.Tensor | None) -> torch.Tensor | None:
+        """Read where it lies, so in memory of its own: training may go on."""
+        return None if x is None else x.detach().float().contiguous().clone()
+
+    def matrix(layer: Any) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Packed, so copied."""
         return plain(layer.weight), plain(layer.bias)
+
+    def gain(norm: Any) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        return table(norm.weight), table(norm.bias)
 
     def layer(block: Any) -> dict[str, Any]:
         attention, rows = block.attention, block.attention.value_embedding
         described = {
-            "attention_norm": weights(block.attention_norm),
-            "mlp_norm": (None, None) if block.mlp is None else weights(block.mlp_norm),
-            "qkv": weights(attention.qkv),
-            "projection": weights(attention.projection),
-            "value_embedding": None if rows is None else plain(rows.weight),
+            "attention_norm": gain(block.attention_norm),
+            "mlp_norm": (None, None) if block.mlp is None else gain(block.mlp_norm),
+            "qkv": matrix(attention.qkv),
+            "projection": matrix(attention.projection),
+            "value_embedding": None if rows is None else table(rows.weight),
         }
         if block.mlp is not None:
-            described |= {"expand": weights(block.mlp.expand), "contract": weights(block.mlp.projection)}
+            described |= {"expand": matrix(block.mlp.expand), "contract": matrix(block.mlp.projection)}
         return described
 
     blocks: list[Any] = list(model.blocks)
@@ -182,13 +190,13 @@ def _described(model: Transformer, precision: Precision) -> dict[str, Any]:
         "activation": ACTIVATIONS[config.mlp],
         "qk_norm": config.qk_norm,
         "softcap": config.logit_softcap or 0.0,
-        "token_embedding": plain(model.token_embedding.weight),
-        "bigram_embedding": None if bigrams is None else plain(bigrams.weight),
+        "token_embedding": table(model.token_embedding.weight),
+        "bigram_embedding": None if bigrams is None else table(bigrams.weight),
         "bigram_rows": 0 if bigrams is None else bigrams.num_embeddings,
-        "position_embedding": None if positions is None else plain(positions.weight),
-        "cos": plain(cos),
-        "sin": plain(sin),
+        "position_embedding": None if positions is None else table(positions.weight),
+        "cos": table(cos),
+        "sin": table(sin),
         "layers": [layer(block) for block in blocks],
-        "norm_gain": weights(model.norm),
+        "norm_gain": gain(model.norm),
         "head": tuple(plain(x) for x in head),
     }
