@@ -177,7 +177,11 @@ def choose_engine(model: LanguageModel, engine: Engine = "auto") -> Literal["tor
 
 
 class Until:
-    """Lets text through up to the first of some texts. What may be the beginning of one is held back."""
+    """Lets text through up to the first of some texts. What may be the beginning of one is held back.
+
+    The first is the one that is complete first, and of several that end together the longest. So it does not matter in
+    which pieces the text comes.
+    """
 
     def __init__(self, stops: Sequence[str]) -> None:
         self.stops = stops
@@ -188,10 +192,11 @@ class Until:
         if self.reached:
             return ""
         text = self.held + piece
-        found = [place for stop in self.stops if (place := text.find(stop)) >= 0]
+        found = [(place + len(stop), place) for stop in self.stops if (place := text.find(stop)) >= 0]
         if found:
             self.held, self.reached = "", True
-            return text[: min(found)]
+            _, place = min(found)
+            return text[:place]
         length = max((len(stop) for stop in self.stops), default=0)
         begins = next((n for n in range(min(length, len(text)), 0, -1) if self._may_begin(text[-n:])), 0)
         self.held = text[len(text) - begins :]
