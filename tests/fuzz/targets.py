@@ -14,7 +14,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -24,9 +24,11 @@ from safetensors.torch import load_file, save_file
 import runs
 from chargpt import cli
 from chargpt.checkpoint import load_model, load_state
-from chargpt.config import TokenizerConfig, TrainConfig, load_params, load_train_config, override
+from chargpt.config import TokenizerConfig, TrainConfig, TransformerConfig, load_params, load_train_config, override
 from chargpt.data import load_splits, require_size, split_tokens, write_splits
 from chargpt.errors import ChargptError
+from chargpt.generation import NativeDecoder
+from chargpt.models import build_model
 from chargpt.text import read_text
 from chargpt.tokenizers import build_tokenizer, load_tokenizer
 from checkpoint.test_checkpoint import reseal
@@ -318,6 +320,11 @@ class Commands:
         *(
             "--top-k",
             "--top-p",
+            "--min-p",
+            "--keep",
+            "--stop",
+            "--engine",
+            "--prompt-file",
             "--unknown",
             "--data",
             "--text",
@@ -431,6 +438,53 @@ class Kernels:
         return TAKEN
 
 
+class Decoder:
+    """Transformers of any parts, read by the C++ decoder in pieces and with neighbours of any number, against torch."""
+
+    PARTS: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "position": ("none", "learned", "rotary"),
+        "norm": ("none", "layernorm", "rmsnorm"),
+        "mlp": ("none", "relu", "gelu", "relu2", "swiglu"),
+        "mlp_width": (0.5, 1.0, 4.0),
+        "n_layer": (1, 2),
+        "n_head": (1, 2, 3),
+        "block_size": (1, 2, 15, 16, 17, 40, 70),
+        **dict.fromkeys(("bias", "qk_norm", "tied_head", "bigram_embeddings", "value_embeddings"), (False, True)),
+        "logit_softcap": (None, 3.0),
+    }
+
+    def __init__(self, folder: Path) -> None:
+        pass
+
+    @torch.no_grad()
+    def once(self, rng: random.Random) -> str:
+        parts = {name: rng.choice(values) for name, values in self.PARTS.items()}
+        parts["n_embd"] = parts["n_head"] * rng.choice([2, 4, 6, 16, 18])
+        parts["n_kv_head"] = rng.choice([None, 1, parts["n_head"]])
+        vocabulary, seed = rng.choice([1, 2, 13, 65, 300]), rng.randrange(2**31)
+        model = build_model(TransformerConfig(**parts), vocabulary, seed, "torch").eval()
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in model.parameters():
+            parameter += 0.5 / parameter.shape[-1] ** 0.5 * torch.randn(parameter.shape, generator=generator)
+        size, streams = model.block_size, rng.choice([1, 2, 5])
+        keep = rng.choice([None, 1, size, rng.randint(1, 2 * size)])
+        kept = max(1, size // 2) if keep is None else min(keep, size)
+        held = [[rng.randrange(vocabulary) for _ in range(rng.randint(1, size))] for _ in range(streams)]
+        decoder = NativeDecoder(model, streams, threads=rng.choice([1, 1, 1, 2]))
+        decoder.begin(held)
+        exact = model.double()
+        for _ in range(rng.randint(1, 6)):
+            wanted = torch.stack([exact.logits(exact.hidden(torch.tensor([window]))[0, -1]) for window in held])
+            torch.testing.assert_close(decoder.read(keep).double(), wanted, rtol=1e-4, atol=1e-4)
+            new = [rng.randrange(vocabulary) for _ in range(streams)]
+            decoder.append(new)
+            for window, token in zip(held, new, strict=True):
+                window.append(token)
+                if len(window) > size:
+                    del window[:-kept]
+        return TAKEN
+
+
 class Kills:
     """A run killed at random moments, again and again, ends with the bits of one that was not."""
 
@@ -465,5 +519,6 @@ TARGETS: dict[str, Any] = {
     "data": Data,
     "commands": Commands,
     "kernels": Kernels,
+    "decoder": Decoder,
     "kills": Kills,
 }
