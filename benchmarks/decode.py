@@ -47,6 +47,7 @@ def main() -> None:
         if folder is None:
             parser.error(f"the data of {run} is not here")
         tokens = load_splits(folder).val_with_context
+        tokens = tokens[: 1 + (len(tokens) - 1) // model.block_size * model.block_size]  # whole windows
         exact = full_loss(model, tokens)
         found = {precision: decoded_loss(model, tokens, precision) for precision in ("fp32", "bf16")}
         differences = ", ".join(f"{precision} {loss - exact:+.6f}" for precision, loss in found.items())
@@ -76,19 +77,14 @@ def decoded_loss(model: LanguageModel, tokens: Any, precision: Any, streams: int
     starts = range(0, len(tokens) - 1, T)
     total = 0.0
     for first in range(0, len(starts), streams):
-        rows = [np.asarray(tokens[start : start + T + 1], np.int64) for start in starts[first : first + streams]]
-        longest = max(map(len, rows))
-        # The last window is shorter: it goes on with zeros that nobody scores.
-        padded = np.stack([np.pad(row, (0, longest - len(row))) for row in rows])  # (B, T + 1)
+        rows = np.stack([tokens[start : start + T + 1] for start in starts[first : first + streams]]).astype(np.int64)
         decoder = NativeDecoder(model, len(rows), precision)
-        decoder.begin(padded[:, :1].tolist())
-        for t in range(1, longest):
+        decoder.begin(rows[:, :1].tolist())  # rows: (B, T + 1)
+        for t in range(1, T + 1):
             logits = decoder.read().double().log_softmax(-1)  # (B, V)
-            scored = torch.tensor([t < len(row) for row in rows])
-            picked = logits[torch.arange(len(rows)), torch.from_numpy(padded[:, t])]
-            total -= picked[scored].sum().item()
-            if t < longest - 1:
-                decoder.append(padded[:, t].tolist())
+            total -= logits.gather(1, torch.from_numpy(rows[:, t : t + 1])).sum().item()
+            if t < T:
+                decoder.append(rows[:, t].tolist())
     return total / (len(tokens) - 1)
 
 

@@ -4,6 +4,7 @@ The one idea to know: a token reads every weight once, so the bytes of the weigh
 logits are the model's own but for rounding; in bfloat16 the weights of the matrices have half the bytes.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, TypeVar
@@ -121,23 +122,24 @@ class Team:
     changes no bits, so now and then the other one is tried.
     """
 
-    EVERY = 16  # bursts between two trials
+    TRIAL, EVERY = 4, 32  # bursts of a trial, the fastest of which counts, and from one trial to the next
 
     def __init__(self, threads: int) -> None:
         self.choices = sorted({1, threads}, reverse=True)
-        self.seconds = dict.fromkeys(self.choices, 0.0)  # for a token, lately
+        self.seconds = dict.fromkeys(self.choices, math.inf)  # for a token, at the last trial
         self.bursts = 0
 
     def timed(self, count: int, decode: Callable[[int], T]) -> T:
         """What `decode` returns with a number of threads, for `count` tokens."""
-        best = min(self.choices, key=lambda threads: self.seconds[threads])
-        others = [threads for threads in self.choices if threads != best]
-        threads = others[0] if others and self.bursts % self.EVERY == self.EVERY - 1 else best
+        trial, burst = divmod(self.bursts % self.EVERY, self.TRIAL)
+        tried = trial < len(self.choices)
+        threads = self.choices[trial] if tried else min(self.choices, key=lambda threads: self.seconds[threads])
         start = time.perf_counter()
         result = decode(threads)
-        if count == MOST_AT_ONCE:  # shorter ones say little
-            self.seconds[threads] = (time.perf_counter() - start) / count
-            self.bursts += 1
+        if tried and count == MOST_AT_ONCE:  # shorter ones say little
+            taken = (time.perf_counter() - start) / count
+            self.seconds[threads] = taken if burst == 0 else min(taken, self.seconds[threads])
+        self.bursts += count == MOST_AT_ONCE
         return result
 
 
