@@ -68,6 +68,7 @@ bench: $(READY)  ## time the kernels, generation and a training step
 	$(BIN)/python -m benchmarks.cross_entropy
 	$(BIN)/python -m benchmarks.elementwise
 	$(BIN)/python -m benchmarks.generation
+	$(BIN)/python -m benchmarks.decode
 	$(BIN)/python -m benchmarks.training_step --compile
 
 # With the Python that is there, because it has the torch that fits the GPU: .venv's where there is one, else $(PYTHON).

@@ -1,9 +1,11 @@
 """The C++ decoder: tokens a second with each engine, and what weights in bfloat16 cost in nats.
 
 Run as `python -m benchmarks.decode [--threads 2] [RUN …]`. Speeds are those of one sample and of 32 together over
-10,000 tokens, so rollover is part of them; weights are random, which changes no amount of work. For each RUN, a trained
-model, every validation token is scored through the decoder, window by window as the `full` protocol does, once with
-each precision, and the difference to the trainer's own number is shown.
+10,000 tokens (torch: two windows at most), so rollover is part of them; weights are random, which changes no work.
+
+For each RUN, a trained model, the validation tokens are scored through the decoder, window by window as the `full`
+protocol does, once with each precision, and the difference to that protocol is shown. Both leave out a last window that
+is not whole.
 """
 
 import argparse

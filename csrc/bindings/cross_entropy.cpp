@@ -216,8 +216,9 @@ class CrossEntropyNode : public torch::autograd::Function<CrossEntropyNode> {
     }
     const auto saved = context->get_saved_variables();  // checks that nobody has written into them
     const auto& values = context->saved_data["options"].toTupleRef().elements();
-    const CrossEntropyArguments arguments{{values[0].toInt(), values[1].toDouble(), values[2].toDouble(), values[3].toDouble()},
-                                          static_cast<Reduction>(values[4].toInt())};
+    const CrossEntropyArguments arguments{
+        {values[0].toInt(), values[1].toDouble(), values[2].toDouble(), values[3].toDouble()},
+        static_cast<Reduction>(values[4].toInt())};
     if (!differentiable) return bindings::backward(loss_gradient, saved[0], saved[1], saved[2], arguments);
     static const auto differentiable_backward =
         c10::Dispatcher::singleton()

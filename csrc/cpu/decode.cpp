@@ -11,12 +11,13 @@
 #include <utility>
 
 #include "../common/philox.h"
+#include "block.h"  // kRmsEps
 #include "simd/isa.h"
 
 namespace chargpt::cpu {
 namespace {
 
-constexpr float kLayerNormEps = 1e-5f, kRmsNormEps = 1e-6f;
+constexpr float kLayerNormEps = 1e-5f;
 constexpr int64_t kPassRows = 64;  // the most tokens of one pass: their activations stay in the caches
 constexpr int kSpins = 1000;       // some microseconds, before a waiting thread lets others have its core
 

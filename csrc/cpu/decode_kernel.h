@@ -126,7 +126,7 @@ void normalise(Norm kind, const Gain& gain, const float* x, int64_t n, float* y)
     mean /= static_cast<float>(n);
     scale = 1 / std::sqrt(sum_of_squares(x, n, mean) / static_cast<float>(n) + kLayerNormEps);
   } else if (kind == Norm::kRms) {
-    scale = 1 / std::sqrt(sum_of_squares(x, n, 0) / static_cast<float>(n) + kRmsNormEps);
+    scale = 1 / std::sqrt(sum_of_squares(x, n, 0) / static_cast<float>(n) + static_cast<float>(kRmsEps));
   }
   for (int64_t i = 0; i < n; ++i) y[i] = (x[i] - mean) * scale;
   if (gain.weight != nullptr) {
