@@ -248,10 +248,11 @@ def test_out_of_memory_and_permission_are_not_damage(run: Path, monkeypatch: pyt
 # ------------------------------------------------------------------------------------------- readers while a run trains
 
 
-def write_for(folder: Path, rounds: int) -> None:
+def write_steps(folder: Path, steps: range) -> None:
+    """As the trainer does, which never writes the same step twice."""
     tokenizer = CharacterTokenizer("abcdef")
     with checkpoint.locked(folder):
-        for step in range(rounds):
+        for step in steps:
             model = build_model(TransformerConfig(n_layer=1, n_embd=8, n_head=2, block_size=4), 6, seed=step)
             name = checkpoint.checkpoint_name(step)
             checkpoint.list_checkpoint(folder, name)
@@ -263,8 +264,8 @@ def write_for(folder: Path, rounds: int) -> None:
 
 def test_a_reader_gets_a_whole_checkpoint_at_every_moment(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    write_for(folder, 1)
-    writer = multiprocessing.get_context("spawn").Process(target=write_for, args=(folder, 150))
+    write_steps(folder, range(1))
+    writer = multiprocessing.get_context("spawn").Process(target=write_steps, args=(folder, range(1, 150)))
     writer.start()
     seen = set()
     while writer.is_alive():
