@@ -214,7 +214,7 @@ class EvaluationConfig:
         require_seed(self.seed)
 
 
-Engine = Literal["auto", "torch", "fp32", "bf16"]
+Engine = Literal["auto", "torch", "fp32", "bf16", "int8"]
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,9 @@ from chargpt.kernels import native
 from chargpt.models import LanguageModel, Transformer
 
 T = TypeVar("T")
-Precision = Literal["fp32", "bf16"]
-NORMS = {"none": 0, "layernorm": 1, "rmsnorm": 2}  # as in csrc/cpu/decode.h
+Precision = Literal["fp32", "bf16", "int8"]
+PRECISIONS: dict[Precision, int] = {"fp32": 0, "bf16": 1, "int8": 2}  # as in csrc/cpu/decode.h, like these:
+NORMS = {"none": 0, "layernorm": 1, "rmsnorm": 2}
 ACTIVATIONS = {"none": 0, "relu": 1, "relu2": 2, "gelu": 3, "swiglu": 4}
 BROKEN_LOGITS = "the model's logits are not finite numbers: its weights are broken; use another checkpoint"
 MOST_AT_ONCE = 64  # tokens between two looks at what Python wants
@@ -180,7 +181,7 @@ def _described(model: Transformer, precision: Precision) -> dict[str, Any]:
     head = (model.token_embedding.weight, None) if model.head is None else (model.head.weight, model.head.bias)
     bigrams, positions = model.bigram_embedding, model.position_embedding
     return {
-        "half": precision == "bf16",
+        "precision": PRECISIONS[precision],
         "V": model.vocab_size,
         "block_size": model.block_size,
         "C": config.n_embd,

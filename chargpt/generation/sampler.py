@@ -163,13 +163,13 @@ def _tokens(model: LanguageModel, idx: torch.Tensor, config: SampleConfig) -> It
     return decoder.generate(config.max_new_tokens, **options)
 
 
-def choose_engine(model: LanguageModel, engine: Engine = "auto") -> Literal["torch", "fp32", "bf16"]:
+def choose_engine(model: LanguageModel, engine: Engine = "auto") -> Literal["torch", "fp32", "bf16", "int8"]:
     """What generates: torch, or C++ with weights in float32 or bfloat16; "auto" takes bfloat16 where C++ can.
 
     Raises ConfigError when C++ is asked for by name and cannot.
     """
     problem = None if engine == "torch" else why_not(model)
-    if engine in ("fp32", "bf16") and problem is not None:
+    if engine in ("fp32", "bf16", "int8") and problem is not None:
         raise ConfigError(f"engine {engine} cannot generate here: {problem}; leave it at auto")
     if engine == "auto":
         return "bf16" if problem is None else "torch"

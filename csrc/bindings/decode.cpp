@@ -28,12 +28,12 @@ class Fields {
     const auto pair = fields_[name].cast<py::tuple>();
     return {tensor(pair[0]), tensor(pair[1])};
   }
-  cpu::Linear linear(const char* name, bool half) const {
+  cpu::Linear linear(const char* name, cpu::Precision precision) const {
     const auto pair = fields_[name].cast<py::tuple>();
     const Tensor weight = pair[0].cast<Tensor>();
     const std::optional<Tensor> bias = pair[1].cast<std::optional<Tensor>>();
     return {weight.const_data_ptr<float>(), bias ? bias->const_data_ptr<float>() : nullptr, weight.size(0),
-            weight.size(1), half};
+            weight.size(1), precision};
   }
 
  private:
@@ -45,8 +45,9 @@ class PyDecoder {
  public:
   PyDecoder(const py::dict& given, int64_t streams, int threads) {
     const Fields fields(given, &kept_);
-    const bool half = fields.get<bool>("half");
-    cpu::DecodeModel model{.V = fields.get<int64_t>("V"),
+    const auto precision = static_cast<cpu::Precision>(fields.get<int>("precision"));
+    cpu::DecodeModel model{.precision = precision,
+                           .V = fields.get<int64_t>("V"),
                            .block_size = fields.get<int64_t>("block_size"),
                            .C = fields.get<int64_t>("C"),
                            .H = fields.get<int64_t>("H"),
@@ -65,20 +66,20 @@ class PyDecoder {
                            .sin = fields.tensor("sin"),
                            .layers = {},
                            .last_norm = fields.gain("norm_gain"),
-                           .head = fields.linear("head", half)};
+                           .head = fields.linear("head", precision)};
     for (const auto& item : given["layers"].cast<py::list>()) {
       const auto part = item.cast<py::dict>();
       const Fields layer(part, &kept_);
       cpu::DecodeLayer made{.attention_norm = layer.gain("attention_norm"),
                             .mlp_norm = layer.gain("mlp_norm"),
-                            .qkv = layer.linear("qkv", half),
-                            .projection = layer.linear("projection", half),
+                            .qkv = layer.linear("qkv", precision),
+                            .projection = layer.linear("projection", precision),
                             .expand = {},
                             .contract = {},
                             .value_embedding = layer.tensor("value_embedding")};
       if (model.activation != cpu::Activation::kNone) {
-        made.expand = layer.linear("expand", half);
-        made.contract = layer.linear("contract", half);
+        made.expand = layer.linear("expand", precision);
+        made.contract = layer.linear("contract", precision);
       }
       model.layers.push_back(std::move(made));
     }

@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
+#include <exception>
 #include <limits>
 #include <thread>
 #include <utility>
@@ -57,7 +58,7 @@ struct Reading {
 
 struct DecodePass {
   const Reading* readings;
-  int64_t count;  // at most kPassRows
+  int64_t count;        // at most kPassRows
   float *x, *attended;  // count rows of x_stride
   int64_t x_stride;
   float* qkv;
@@ -65,20 +66,42 @@ struct DecodePass {
   float* hidden;
   int64_t hidden_stride;
   float* logits;  // one row for each reading that is the last of its stream, padded(V) wide
-  float *normed, *scores;  // of each thread: kPassRows rows of x_stride, and padded(block_size)
-  float* cache;
-  int64_t layers, heads, head_floats;  // head_floats: of keys and values of one head of one layer of one stream
-  int64_t key_floats;                  // of these, the keys, which come first
 
-  float* keys(int64_t stream, int64_t layer, int64_t head) const {
-    return cache + ((stream * layers + layer) * heads + head) * head_floats;
+  // Of each thread: a row of x_stride; kPassRows rows of a matrix's inputs, with the scales of their groups; and for one
+  // head a query and what is mixed, padded(D), and scores and their weights, padded(block_size).
+  float* normed;
+  uint32_t* words;
+  int64_t words_stride;
+  float* scale;
+  int32_t* offset;
+  int64_t groups;
+  uint32_t *query, *shares;
+  float *mixed, *scores;
+
+  uint32_t* cache;
+  int64_t layers, heads, head_words;  // head_words: of keys and values of one head of one layer of one stream
+  int64_t key_words;                  // of these, the keys, which come first
+
+  uint32_t* keys(int64_t stream, int64_t layer, int64_t head) const {
+    return cache + ((stream * layers + layer) * heads + head) * head_words;
   }
-  float* values(int64_t stream, int64_t layer, int64_t head) const { return keys(stream, layer, head) + key_floats; }
+  uint32_t* values(int64_t stream, int64_t layer, int64_t head) const { return keys(stream, layer, head) + key_words; }
 };
 
 struct DecodeKernels {
   void (*run_pass)(const DecodeModel&, const DecodePass&, Barrier&, int thread, int threads);
 };
+
+uint32_t bits_of(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+uint32_t half_of(float x) {  // bfloat16, to the nearest, ties to even; NaN stays NaN
+  const uint32_t bits = bits_of(x);
+  return x == x ? (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16 : (bits >> 16) | 0x40;
+}
 
 int64_t bigram_row(const DecodeModel& model, int64_t before, int64_t token) {
   const int64_t pair = before * model.V + token;
@@ -110,31 +133,37 @@ const DecodeKernels& kernels() {
   }
 }
 
-uint32_t bits_of(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  return bits;
-}
-
-uint32_t half_of(float x) {  // bfloat16, to the nearest, ties to even; NaN stays NaN
-  const uint32_t bits = bits_of(x);
-  return x == x ? (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16 : (bits >> 16) | 0x40;
-}
-
 }  // namespace
 
-Linear::Linear(const float* from, const float* b, int64_t N, int64_t K, bool half)
-    : N(N), K(K), half(half), bias(padded(N)) {
-  const int64_t pairs = (K + 1) / 2, words = half ? kPanel : 2 * kPanel;
-  weight.resize(padded(N) / kPanel * pairs * words);
+Linear::Linear(const float* from, const float* b, int64_t N, int64_t K, Precision precision)
+    : N(N), K(K), precision(precision), weight(padded(N) * words()), bias(padded(N)) {
+  const int64_t groups = (K + kGroup - 1) / kGroup;
+  if (precision == Precision::kInt8) {
+    std::fill(weight.begin(), weight.end(), 0x80808080);
+    scale.resize(padded(N) * groups);
+  }
   for (int64_t n = 0; n < N; ++n) {
-    for (int64_t k = 0; k < K; ++k) {
-      uint32_t* pair = weight.data() + (n / kPanel * pairs + k / 2) * words;
-      const float w = from[n * K + k];
-      if (half) {
-        pair[n % kPanel] |= half_of(w) << (k % 2 * 16);
-      } else {
-        pair[k % 2 * kPanel + n % kPanel] = bits_of(w);
+    uint32_t* column = weight.data() + n / kPanel * words() * kPanel + n % kPanel;
+    const float* row = from + n * K;
+    if (precision == Precision::kFloat) {
+      for (int64_t k = 0; k < K; ++k) column[k * kPanel] = bits_of(row[k]);
+    } else if (precision == Precision::kHalf) {
+      for (int64_t k = 0; k < K; ++k) column[k / 2 * kPanel] |= half_of(row[k]) << (k % 2 * 16);
+    } else {
+      for (int64_t g = 0; g < groups; ++g) {
+        const int64_t end = std::min(K, (g + 1) * kGroup);
+        float top = 0, poison = 0;  // NaN, if there is a NaN or an infinity
+        for (int64_t k = g * kGroup; k < end; ++k) {
+          top = std::max(top, std::fabs(row[k]));
+          poison += row[k] * 0;
+        }
+        scale[(n / kPanel * groups + g) * kPanel + n % kPanel] = top / 127 + poison;
+        if (top < 1e-30f || poison != 0) continue;
+        for (int64_t k = g * kGroup; k < end; ++k) {
+          const auto whole = static_cast<uint32_t>(static_cast<int32_t>(std::nearbyint(row[k] * (127 / top))) + 128);
+          uint32_t& word = column[k / 4 * kPanel];
+          word = (word & ~(0xFFu << (k % 4 * 8))) | whole << (k % 4 * 8);
+        }
       }
     }
   }
@@ -206,59 +235,93 @@ int64_t draw_token(const float* logits, int64_t V, const DrawOptions& options, d
 
 // -------------------------------------------------------------------------------------------------------------- streams
 
+// What the threads that go through passes together need: some of the streams, and memory.
+struct Crew {
+  Aligned<float> x, attended, qkv, hidden, normed, scale, mixed, scores;
+  Aligned<uint32_t> words, query, shares;
+  Aligned<int32_t> offset;
+  std::vector<Reading> readings;
+  DecodePass pass;
+  int64_t begin = 0, end = 0;  // streams
+  bool alike = false;          // their windows, so that one is read for all
+
+  Crew(const DecodeModel& model, int threads, Aligned<uint32_t>& cache) {
+    const int64_t D = model.D, slots = padded(model.block_size), stride = padded(model.C);
+    const int64_t qkv_stride = padded((model.H + 2 * model.H_kv) * D);
+    const int64_t hidden_stride = padded(model.hidden * (model.activation == Activation::kSwiglu ? 2 : 1));
+    const int64_t widest = std::max(model.C, model.hidden), groups = (widest + kGroup - 1) / kGroup;
+    const auto room = [](auto& memory, int64_t count) {
+      memory.resize(count);
+      return memory.data();
+    };
+    pass = {.readings = nullptr,
+            .count = 0,
+            .x = room(x, kPassRows * stride),
+            .attended = room(attended, kPassRows * stride),
+            .x_stride = stride,
+            .qkv = room(qkv, kPassRows * qkv_stride),
+            .qkv_stride = qkv_stride,
+            .hidden = room(hidden, kPassRows * hidden_stride),
+            .hidden_stride = hidden_stride,
+            .logits = nullptr,
+            .normed = room(normed, threads * stride),
+            .words = room(words, threads * kPassRows * padded(widest)),
+            .words_stride = padded(widest),
+            .scale = room(scale, threads * kPassRows * groups),
+            .offset = room(offset, threads * kPassRows * groups),
+            .groups = groups,
+            .query = room(query, threads * padded(D)),
+            .shares = room(shares, threads * slots),
+            .mixed = room(mixed, threads * padded(D)),
+            .scores = room(scores, threads * slots),
+            .cache = cache.data(),
+            .layers = static_cast<int64_t>(model.layers.size()),
+            .heads = model.H_kv,
+            .head_words = head_words(model),
+            .key_words = key_words(model)};
+  }
+
+  // Of one head of one layer of one stream. In bfloat16 a word holds two channels of a key, or of a value two positions.
+  static int64_t key_words(const DecodeModel& model) {
+    return padded(model.block_size) * (model.precision == Precision::kFloat ? model.D : (model.D + 1) / 2);
+  }
+  static int64_t head_words(const DecodeModel& model) {
+    const int64_t rows = padded(model.block_size) / (model.precision == Precision::kFloat ? 1 : 2);
+    return key_words(model) + rows * padded(model.D);
+  }
+};
+
 struct Decoder::State {
   const DecodeModel model;
   const int64_t streams;
   const int most_threads;
   std::vector<std::vector<int32_t>> windows;  // what each stream sees, and tokens that it has not read yet
   std::vector<int64_t> cached;                // how many of them it has read
-  std::vector<float> x, attended, qkv, hidden, logits, normed, scores, cache;
-  DecodePass pass;
-  std::vector<Reading> readings;
+  bool alike = false;                         // all windows, and nothing of them was read
+  Aligned<float> logits;
+  Aligned<uint32_t> cache;
+  std::vector<Crew> crews;
 
   State(DecodeModel given, int64_t streams, int most_threads)
       : model(std::move(given)), streams(streams), most_threads(most_threads), windows(streams), cached(streams) {
-    const int64_t stride = padded(model.C), D = model.D, slots = padded(model.block_size);
-    const int64_t qkv_stride = padded((model.H + 2 * model.H_kv) * D);
-    const int64_t hidden_stride = padded(model.hidden * (model.activation == Activation::kSwiglu ? 2 : 1)) + kPanel;
-    const int64_t layers = static_cast<int64_t>(model.layers.size());
-    x.resize(kPassRows * stride);
-    attended.resize(kPassRows * stride);
-    qkv.resize(kPassRows * qkv_stride);
-    hidden.resize(kPassRows * hidden_stride);
     logits.resize(streams * padded(model.V));
-    normed.resize(most_threads * kPassRows * stride);
-    scores.resize(most_threads * slots);
-    const int64_t head_floats = slots * (D + padded(D));
-    cache.resize(streams * layers * model.H_kv * head_floats);
-    pass = {.readings = nullptr,
-            .count = 0,
-            .x = x.data(),
-            .attended = attended.data(),
-            .x_stride = stride,
-            .qkv = qkv.data(),
-            .qkv_stride = qkv_stride,
-            .hidden = hidden.data(),
-            .hidden_stride = hidden_stride,
-            .logits = nullptr,
-            .normed = normed.data(),
-            .scores = scores.data(),
-            .cache = cache.data(),
-            .layers = layers,
-            .heads = model.H_kv,
-            .head_floats = head_floats,
-            .key_floats = slots * D};
+    cache.resize(streams * static_cast<int64_t>(model.layers.size()) * model.H_kv * Crew::head_words(model));
+    const int64_t count = std::min<int64_t>(streams, most_threads);
+    crews.reserve(count);
+    for (int64_t i = 0; i < count; ++i) crews.emplace_back(model, i == 0 ? most_threads : 1, cache);
   }
 
-  void collect(int64_t keep);
+  void collect(Crew& crew, int64_t keep);
+  template <class Run>
+  void read(Crew& crew, int64_t keep, const Run& run);
   template <class Step>
   bool together(int threads, Step step);
 };
 
-// What no stream has read yet, stream after stream.
-void Decoder::State::collect(int64_t keep) {
-  readings.clear();
-  for (int64_t i = 0; i < streams; ++i) {
+// What none of the crew's streams has read yet, stream after stream.
+void Decoder::State::collect(Crew& crew, int64_t keep) {
+  crew.readings.clear();
+  for (int64_t i = crew.begin; i < crew.end; ++i) {
     std::vector<int32_t>& window = windows[i];
     if (static_cast<int64_t>(window.size()) > model.block_size) {
       window.erase(window.begin(), window.end() - keep);
@@ -266,52 +329,104 @@ void Decoder::State::collect(int64_t keep) {
     }
     const int64_t size = static_cast<int64_t>(window.size());
     for (int64_t t = cached[i]; t < size; ++t) {
-      readings.push_back({i, t, window[t], window[t == 0 ? 0 : t - 1], t == size - 1});
+      crew.readings.push_back({i, t, window[t], window[t == 0 ? 0 : t - 1], t == size - 1});
     }
     cached[i] = size;
+    if (crew.alike) break;
   }
 }
 
-// Runs `step(run)`, which calls `run` for passes over all of `readings` as often as it likes. The other threads live as
-// long as that, and no longer.
+template <class Run>
+void Decoder::State::read(Crew& crew, int64_t keep, const Run& run) {
+  collect(crew, keep);
+  run();
+  if (!crew.alike) return;
+  crew.alike = false;
+  const DecodePass& pass = crew.pass;
+  const int64_t first = crew.begin, T = cached[first], width = padded(model.V);
+  const int64_t keys = padded(T) * (pass.key_words / padded(model.block_size));
+  const int64_t values = (model.precision == Precision::kFloat ? T : (T + 1) / 2) * padded(model.D);
+  for (int64_t i = first + 1; i < crew.end; ++i) {
+    for (int64_t layer = 0; layer < pass.layers; ++layer) {
+      for (int64_t head = 0; head < pass.heads; ++head) {
+        std::copy_n(pass.keys(first, layer, head), keys, pass.keys(i, layer, head));
+        std::copy_n(pass.values(first, layer, head), values, pass.values(i, layer, head));
+      }
+    }
+    std::copy_n(logits.data() + first * width, width, logits.data() + i * width);
+    cached[i] = T;
+  }
+}
+
+// Runs `step(crew, run)`, which calls `run` for passes over all of the crew's readings as often as it likes: for one
+// crew of all threads, or, where there are streams enough, for crews of one thread, which wait for nobody. The other
+// threads live as long as that, and no longer. Whether all steps were true.
 template <class Step>
 bool Decoder::State::together(int threads, Step step) {
+  const bool apart = streams % threads == 0 || streams >= 4 * threads;
+  const int count = apart ? threads : 1, each = threads / count;
   const auto run_pass = kernels().run_pass;
-  Barrier barrier(threads);
+  std::vector<std::exception_ptr> problems(count);
+  std::atomic<bool> all{true};
+  std::atomic<int> start{0};  // 1: go, -1: do not
+  Barrier barrier(each);
   bool done = false;
+  const auto lead = [&](int number) {
+    Crew& crew = crews[number];
+    crew.begin = streams * number / count;
+    crew.end = streams * (number + 1) / count;
+    crew.alike = alike;
+    try {
+      const bool result = step(crew, [&] {
+        int64_t finished = crew.begin;
+        const int64_t size = static_cast<int64_t>(crew.readings.size());
+        for (int64_t begin = 0; begin < size; begin += kPassRows) {
+          crew.pass.readings = crew.readings.data() + begin;
+          crew.pass.count = std::min<int64_t>(kPassRows, size - begin);
+          crew.pass.logits = logits.data() + finished * padded(model.V);
+          for (int64_t r = 0; r < crew.pass.count; ++r) finished += crew.pass.readings[r].last;
+          barrier.wait();
+          run_pass(model, crew.pass, barrier, 0, each);
+        }
+      });
+      if (!result) all = false;
+    } catch (...) {  // no memory for a window
+      problems[number] = std::current_exception();
+    }
+    if (each > 1) {
+      done = true;
+      barrier.wait();
+    }
+  };
+  const auto work = [&](int thread) {
+    while (start == 0) std::this_thread::yield();
+    if (start < 0) return;
+    if (count > 1) return lead(thread);
+    for (;;) {
+      barrier.wait();  // until there is a pass, or no more
+      if (done) return;
+      run_pass(model, crews[0].pass, barrier, thread, each);
+    }
+  };
   std::vector<std::thread> others;
-  for (int thread = 1; thread < threads; ++thread) {
-    others.emplace_back([this, &barrier, &done, run_pass, thread, threads] {
-      for (;;) {
-        barrier.wait();  // until there is a pass, or no more
-        if (done) return;
-        run_pass(model, pass, barrier, thread, threads);
-      }
-    });
-  }
-  const auto finish = [&] {
-    done = true;
-    barrier.wait();
+  const auto join = [&] {
     for (std::thread& other : others) other.join();
   };
   try {
-    const bool result = step([this, &barrier, run_pass, threads] {
-      int64_t finished = 0;
-      for (int64_t begin = 0; begin < static_cast<int64_t>(readings.size()); begin += kPassRows) {
-        pass.readings = readings.data() + begin;
-        pass.count = std::min<int64_t>(kPassRows, static_cast<int64_t>(readings.size()) - begin);
-        pass.logits = logits.data() + finished * padded(model.V);
-        for (int64_t r = 0; r < pass.count; ++r) finished += pass.readings[r].last;
-        barrier.wait();
-        run_pass(model, pass, barrier, 0, threads);
-      }
-    });
-    finish();
-    return result;
-  } catch (...) {  // no memory for a window
-    finish();
+    for (int thread = 1; thread < threads; ++thread) others.emplace_back(work, thread);
+  } catch (...) {  // the system has no more threads
+    start = -1;
+    join();
     throw;
   }
+  start = 1;
+  lead(0);
+  join();
+  alike = false;
+  for (const std::exception_ptr& problem : problems) {
+    if (problem) std::rethrow_exception(problem);
+  }
+  return all;
 }
 
 Decoder::Decoder(DecodeModel model, int64_t streams, int most_threads)
@@ -325,12 +440,14 @@ const DecodeModel& Decoder::model() const { return state_->model; }
 void Decoder::begin(std::vector<std::vector<int32_t>> windows) {
   state_->windows = std::move(windows);
   std::fill(state_->cached.begin(), state_->cached.end(), 0);
+  const auto& first = state_->windows[0];
+  state_->alike = std::all_of(state_->windows.begin(), state_->windows.end(),
+                              [&first](const auto& window) { return window == first; });
 }
 
 void Decoder::read(int64_t keep, int threads) {
-  state_->together(threads, [this, keep](const auto& run) {
-    state_->collect(keep);
-    run();
+  state_->together(threads, [this, keep](Crew& crew, const auto& run) {
+    state_->read(crew, keep, run);
     return true;
   });
 }
@@ -341,11 +458,10 @@ void Decoder::append(int64_t stream, int32_t token) { state_->windows[stream].pu
 
 bool Decoder::generate(int64_t count, int64_t position, uint64_t seed, int64_t keep, const DrawOptions& options,
                        int threads, int64_t* out) {
-  return state_->together(threads, [=, this](const auto& run) {
+  return state_->together(threads, [=, this](Crew& crew, const auto& run) {
     for (int64_t n = 0; n < count; ++n) {
-      state_->collect(keep);
-      run();
-      for (int64_t i = 0; i < state_->streams; ++i) {
+      state_->read(crew, keep, run);
+      for (int64_t i = crew.begin; i < crew.end; ++i) {
         const double uniform = uniform_number(seed, static_cast<uint32_t>(i), static_cast<uint32_t>(position + n));
         const float* logits = state_->logits.data() + i * padded(state_->model.V);
         const int64_t token = draw_token(logits, state_->model.V, options, uniform);

@@ -1,6 +1,6 @@
 // A Transformer that reads and writes token by token on a CPU: what a caller needs to know. Torch-free; decode.cpp
-// implements it. The mathematics are those of chargpt/models/transformer.py in float32, with the weights of the matrices
-// rounded to bfloat16 where that is asked for: a token reads every weight once, so their bytes decide its time.
+// implements it. The mathematics are those of chargpt/models/transformer.py in float32. A token reads every weight once,
+// so their bytes decide its time: at a lower Precision the matrices and what they multiply have fewer.
 //
 // The bits of a stream's logits depend on the stream alone: not on the number of threads, nor on other streams, nor on
 // how many tokens were read together.
@@ -9,26 +9,55 @@
 
 #include <cstdint>
 #include <memory>
+#include <new>
 #include <vector>
 
 namespace chargpt::cpu {
 
+// kHalf: products of bfloat16, added up in float32. So are those of attention, whose keys and values have half the bytes.
+// kInt8: as that, but the matrices multiply whole numbers from -127 to 127, exactly, with one scale for each kGroup
+// inputs of a weight's output and one for each kGroup inputs of a token: the largest magnitude there over 127.
+enum class Precision { kFloat, kHalf, kInt8 };
 enum class Norm { kNone, kLayer, kRms };
 enum class Activation { kNone, kRelu, kReluSquared, kGelu, kSwiglu };
 
 inline constexpr int64_t kPanel = 16;  // outputs of a matrix that lie side by side, for vectors of any length up to that
 inline int64_t padded(int64_t n) { return (n + kPanel - 1) / kPanel * kPanel; }
 
-// y = W x + b. The weights of 16 outputs lie together: for each pair of inputs those of the first and of the second in
-// float32, or as bfloat16 in the lower and the upper halves of 16 words. Zeros stand where N or K ends.
+inline constexpr int64_t kGroup = 32;  // inputs that share a scale; divides by 4
+
+// A vector's memory begins with a cache line, so that no load straddles two.
+template <class T>
+struct CacheAligned {
+  using value_type = T;
+  CacheAligned() = default;
+  template <class U>
+  CacheAligned(const CacheAligned<U>&) {}
+  T* allocate(size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), std::align_val_t{64})); }
+  void deallocate(T* p, size_t) { ::operator delete(p, std::align_val_t{64}); }
+  bool operator==(const CacheAligned&) const { return true; }
+};
+template <class T>
+using Aligned = std::vector<T, CacheAligned<T>>;
+
+// y = W x + b. The weights of 16 outputs lie together. kFloat: those of one input after those of the other. kHalf: for
+// each pair of inputs 16 words, the first in the lower halves. kInt8: for each four inputs 16 words of bytes, which hold
+// the number plus 128. Nothing (0, in kInt8 128) stands where N or K ends.
 struct Linear {
   int64_t N = 0, K = 0;
-  bool half = false;
-  std::vector<uint32_t> weight;
-  std::vector<float> bias;  // padded(N)
+  Precision precision = Precision::kFloat;
+  Aligned<uint32_t> weight;
+  Aligned<float> scale;  // kInt8: of 16 outputs for each group of inputs
+  Aligned<float> bias;   // padded(N)
 
   Linear() = default;
-  Linear(const float* weight, const float* bias, int64_t N, int64_t K, bool half);  // weight (N, K); bias may be nullptr
+  // weight (N, K), bias (N) or nullptr
+  Linear(const float* weight, const float* bias, int64_t N, int64_t K, Precision precision);
+
+  int64_t words() const {  // of an input, or of one panel over its 16 outputs
+    if (precision == Precision::kInt8) return (K + kGroup - 1) / kGroup * (kGroup / 4);
+    return precision == Precision::kHalf ? (K + 3) / 4 * 2 : (K + 1) / 2 * 2;
+  }
 };
 
 struct Gain {  // of LayerNorm; nullptr: 1 and 0
@@ -42,6 +71,7 @@ struct DecodeLayer {
 };
 
 struct DecodeModel {
+  Precision precision;  // of all matrices
   int64_t V, block_size, C, H, H_kv, D, hidden;
   Norm norm;
   Activation activation;

@@ -15,7 +15,7 @@ from chargpt.config import BigramConfig, SampleConfig, TransformerConfig
 from chargpt.errors import ChargptError, ConfigError
 from chargpt.generation import NativeDecoder, choose_engine, generate_text, native, stream_tokens, why_not
 from chargpt.kernels import native as modules
-from chargpt.models import Ensemble, LanguageModel, Transformer, build_model
+from chargpt.models import Ensemble, LanguageModel, Transformer, build_model, transformer
 from chargpt.tokenizers import CharacterTokenizer
 
 pytestmark = pytest.mark.skipif(modules.load().module is None, reason="the native module is not here")
@@ -82,27 +82,62 @@ def test_the_logits_are_those_of_the_held_window_at_every_step(name: str, keep: 
                 del window[:-kept]
 
 
-@EVERY
-def test_bfloat16_is_the_model_with_rounded_matrices(name: str) -> None:
-    model = made(name)
-    rounded = copy.deepcopy(model)
-    head = nn.Linear(model.width, V, bias=False) if model.head is None else rounded.head
-    assert isinstance(head, nn.Linear)
-    with torch.no_grad():
-        if model.head is None:
-            head.weight.copy_(model.token_embedding.weight)
-        rounded.head = head  # a tied table is rounded where it is a matrix
-        for module in rounded.modules():
-            if isinstance(module, nn.Linear):
-                module.weight.copy_(module.weight.bfloat16())
-    held = windows([3, 9])
-    decoder = NativeDecoder(model, 2, "bf16")
-    decoder.begin(held)
-    torch.testing.assert_close(decoder.read().double(), recomputed(rounded.double(), held), rtol=2e-5, atol=2e-5)
+def half(x: torch.Tensor) -> torch.Tensor:
+    return x.bfloat16().to(x)
+
+
+def whole(x: torch.Tensor) -> torch.Tensor:
+    """In steps of a 127th of the largest magnitude of each 32 along the last dimension."""
+    groups = x.split(32, -1)
+    steps = [group.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127 for group in groups]
+    return torch.cat([(group / step).round() * step for group, step in zip(groups, steps, strict=True)], -1)
+
+
+def rounded(
+    model: Transformer, held: list[list[int]], precision: str, monkeypatch: pytest.MonkeyPatch
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(logits (streams, V) of a model that rounds what the decoder's precision rounds, the exact ones), in float64."""
+    exact = copy.deepcopy(model).double()
+    wanted = recomputed(exact, held)
+    reduced = half if precision == "bf16" else whole
+    if exact.head is None:
+        exact.head = nn.Linear(model.width, V, bias=False).double()
+        exact.head.weight = nn.Parameter(exact.token_embedding.weight.detach().clone())
+    for module in exact.modules():
+        if isinstance(module, nn.Linear):
+            module.weight = nn.Parameter(reduced(module.weight.detach()))
+            module.register_forward_pre_hook(lambda _, given: (reduced(given[0]),))
+
+    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **_: Any) -> torch.Tensor:
+        q, k, v = half(q), *(half(x).repeat_interleave(q.size(1) // x.size(1), 1) for x in (k, v))
+        scores = (q @ k.mT / q.size(-1) ** 0.5).masked_fill(~torch.ones(2 * q.shape[-2:-1]).tril().bool(), -torch.inf)
+        weights = half((scores - scores.amax(-1, keepdim=True)).exp())
+        return weights @ v / weights.sum(-1, keepdim=True)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(transformer, "causal_attention", attention)
+        return recomputed(exact, held), wanted
 
 
 @EVERY
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_a_lower_precision_is_the_model_with_what_it_multiplies_rounded(
+    name: str, precision: native.Precision, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for what lies in the middle between two roundings: so the error left is far below that of rounding itself."""
+    model, left, made_by_rounding = made(name), 0.0, 0.0
+    for lengths in ([3, 9], [1, 14], [16, 8], [5, 11]):
+        held = windows(lengths)
+        decoder = NativeDecoder(model, 2, precision)
+        decoder.begin(held)
+        wanted, exact = rounded(model, held, precision, monkeypatch)
+        left += (decoder.read() - wanted).square().sum().item()
+        made_by_rounding += (wanted - exact).square().sum().item()
+    assert 0 < left < 0.05 * made_by_rounding
+
+
+@EVERY
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
 def test_bits_depend_on_the_stream_alone(name: str, precision: native.Precision) -> None:
     """Not on threads, on neighbours, or on how many tokens were read together."""
     model = made(name)
@@ -164,7 +199,7 @@ def test_one_thread_or_all_whichever_is_faster_now() -> None:
     assert native.Team(1).timed(1, lambda threads: threads) == 1
 
 
-@pytest.mark.parametrize("engine", ["torch", "fp32", "bf16", "auto"])
+@pytest.mark.parametrize("engine", ["torch", "fp32", "bf16", "int8", "auto"])
 def test_every_engine_writes_text(engine: Any) -> None:
     tokenizer = CharacterTokenizer("abcdefghijklm")
     config = SampleConfig(num_samples=2, max_new_tokens=100, engine=engine, stop=("zz",))

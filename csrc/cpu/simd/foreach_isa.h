@@ -69,11 +69,12 @@
 #define CHARGPT_VECTOR_BYTES 64
 #define CHARGPT_ISA_LEVEL 3
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma"))), \
-                             apply_to = function)
+#pragma clang attribute push(                                                                           \
+        __attribute__((target("avx512bf16,avx512vnni,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma"))), \
+        apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")
+#pragma GCC target("avx512bf16,avx512vnni,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")
 #endif
 #include CHARGPT_KERNEL
 #if defined(__clang__)

@@ -24,7 +24,8 @@ inline Isa best_isa() {
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) best = Isa::kAvx2;
     if (best == Isa::kAvx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
-      best = __builtin_cpu_supports("avx512bf16") ? Isa::kAvx512Bf16 : Isa::kAvx512;
+      const bool both = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");  // as all have
+      best = both ? Isa::kAvx512Bf16 : Isa::kAvx512;
     }
 #endif
     if (const char* asked = std::getenv("CHARGPT_CPU_ISA")) {
