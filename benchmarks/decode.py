@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from chargpt.checkpoint import load_model, read_description
-from chargpt.config import TransformerConfig, load_params
+from chargpt.config import SampleConfig, TransformerConfig, load_params
 from chargpt.data import find_splits, load_splits
 from chargpt.evaluation import full_loss
 from chargpt.generation import NativeDecoder, stream_tokens
@@ -60,15 +60,15 @@ def speed(model: LanguageModel, streams: int, engine: Any) -> float:
     """Tokens a second of all samples together: the best of three."""
     prompt = torch.zeros(streams, 1, dtype=torch.long)
     count = TOKENS // streams if engine != "torch" else min(TOKENS // streams, 2 * model.block_size)
-    seconds = []
+    config, seconds = SampleConfig(max_new_tokens=count, temperature=1.0), []
     for _ in range(3):
         start = time.perf_counter()
         if engine == "torch":
-            made = sum(1 for _ in stream_tokens(model, prompt, count))
+            made = sum(len(step.tokens) for step in stream_tokens(model, prompt, config))
         else:
             decoder = NativeDecoder(model, streams, engine)
             decoder.begin(prompt.tolist())
-            made = sum(1 for _ in decoder.generate(count))
+            made = sum(len(burst.tokens) for burst in decoder.generate(config))
         seconds.append(time.perf_counter() - start)
     return made * streams / min(seconds)
 

@@ -227,6 +227,8 @@ class SampleConfig:
     top_p: float | None = None  # keep the likeliest tokens that together have this probability
     min_p: float | None = None  # drop tokens that have less than this share of the likeliest one's probability
     stop: tuple[str, ...] = ()  # texts at the first of which a sample ends; they are no part of it
+    allow: str | None = None  # characters; tokens with any other cannot come. null: all may
+    ban: str = ""  # characters; tokens with one of them cannot come
     keep: int | None = None  # tokens of a full window that the model goes on with; null: half of them
     unknown: Literal["strict", "replace", "skip"] = "strict"  # characters of a prompt that the vocabulary lacks
     engine: Engine = "auto"  # torch, or C++ with weights in that precision; auto: C++ in bf16 where it can, else torch
@@ -241,6 +243,9 @@ class SampleConfig:
         _require(self.top_p is None or 0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1] or null")
         _require(self.min_p is None or 0 <= self.min_p <= 1, "min_p", self.min_p, "in [0, 1] or null")
         _require("" not in self.stop, "stop", self.stop, "texts that are not empty")
+        _require(self.allow != "", "allow", self.allow, "at least one character or null")
+        both = sorted(set(self.allow or "") & set(self.ban))
+        _require(not both, "ban", self.ban, f"characters that allow lacks, so not {''.join(both)!r}")
         _require(self.keep is None or self.keep >= 1, "keep", self.keep, "at least 1 or null")
         require_seed(self.seed)
 

@@ -12,7 +12,9 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import nn
 
+from chargpt.config import SampleConfig
 from chargpt.errors import ChargptError
+from chargpt.generation.sampler import BROKEN_LOGITS, Drawn
 from chargpt.kernels import native
 from chargpt.models import LanguageModel, Transformer
 
@@ -21,8 +23,7 @@ Precision = Literal["fp32", "bf16", "int8"]
 PRECISIONS: dict[Precision, int] = {"fp32": 0, "bf16": 1, "int8": 2}  # as in csrc/cpu/decode.h, like these:
 NORMS = {"none": 0, "layernorm": 1, "rmsnorm": 2}
 ACTIVATIONS = {"none": 0, "relu": 1, "relu2": 2, "gelu": 3, "swiglu": 4}
-BROKEN_LOGITS = "the model's logits are not finite numbers: its weights are broken; use another checkpoint"
-MOST_AT_ONCE = 64  # tokens between two looks at what Python wants
+MOST_AT_ONCE, BURST_SECONDS = 256, 0.02  # tokens, and their time, between two looks at what Python wants
 
 
 def why_not(model: LanguageModel) -> str | None:
@@ -73,44 +74,38 @@ class NativeDecoder:
         """One more token for each stream."""
         self._decoder.append(tokens)
 
-    def generate(
-        self,
-        count: int,
-        *,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        seed: int = 0,
-        keep: int | None = None,
-    ) -> Iterator[torch.Tensor]:
-        """Yield `count` times the next token (streams, 1), drawn as `stream_tokens` says.
+    def generate(self, config: SampleConfig, bias: torch.Tensor | None = None) -> Iterator[Drawn]:
+        """Yield `config.max_new_tokens` tokens of each stream, drawn as `stream_tokens` says.
 
-        The first comes at once, then they are made some at a time, with the interpreter's lock released.
+        The first comes at once, then as many together as take some hundredths of a second, with the interpreter's lock
+        released.
 
         Raises ChargptError when the logits have no softmax.
         """
         position, burst, team = 0, 1, Team(self.threads)
-        while position < count:
-            burst = min(burst, count - position)
-            tokens = team.timed(
-                burst,
-                lambda threads, burst=burst, position=position: self._decoder.generate(  # type: ignore[misc]
+        while position < config.max_new_tokens:
+            burst = min(burst, config.max_new_tokens - position)
+
+            def decode(threads: int, burst: int = burst, position: int = position) -> Any:
+                return self._decoder.generate(
                     burst,
                     position,
-                    seed,
-                    self._keep(keep),
-                    temperature,
-                    top_k or 0,
-                    1.0 if top_p is None else top_p,
-                    min_p or 0.0,
+                    config.seed,
+                    self._keep(config.keep),
+                    config.temperature,
+                    config.top_k or 0,
+                    config.top_p or 1.0,
+                    config.min_p or 0.0,
+                    bias,
                     threads,
-                ),
-            )
-            if tokens is None:
+                )
+
+            drawn, seconds = team.timed(burst, decode)
+            if drawn is None:
                 raise ChargptError(BROKEN_LOGITS)
-            yield from tokens[:, :, None]
-            position, burst = position + burst, min(2 * burst, MOST_AT_ONCE)
+            yield Drawn(*drawn)
+            position += burst
+            burst = max(1, min(2 * burst, MOST_AT_ONCE, int(burst * BURST_SECONDS / max(seconds, 1e-9))))
 
     def _keep(self, keep: int | None) -> int:
         return max(1, self.block_size // 2) if keep is None else min(keep, self.block_size)
@@ -120,28 +115,35 @@ class Team:
     """How many threads to decode with: all, unless one alone is faster, as where other processes want the cores too.
 
     Threads wait for each other many times a token, and one that lost its core keeps the others waiting. The number
-    changes no bits, so now and then the other one is tried.
+    changes no bits, so now and then the other one is tried; ever more seldom, while that changes nothing.
     """
 
-    TRIAL, EVERY = 4, 32  # bursts of a trial, the fastest of which counts, and from one trial to the next
+    TRIAL, FIRST, MOST = 2, 16, 256  # bursts of a trial, the fastest of which counts, and from one trial to the next
+    SHORT = 4  # bursts at the beginning, which are too short to tell
 
     def __init__(self, threads: int) -> None:
         self.choices = sorted({1, threads}, reverse=True)
         self.seconds = dict.fromkeys(self.choices, math.inf)  # for a token, at the last trial
-        self.bursts = 0
+        self.best, self.every, self.burst = self.choices[0], self.FIRST, -self.SHORT
 
-    def timed(self, count: int, decode: Callable[[int], T]) -> T:
-        """What `decode` returns with a number of threads, for `count` tokens."""
-        trial, burst = divmod(self.bursts % self.EVERY, self.TRIAL)
-        tried = trial < len(self.choices)
-        threads = self.choices[trial] if tried else min(self.choices, key=lambda threads: self.seconds[threads])
+    def timed(self, count: int, decode: Callable[[int], T]) -> tuple[T, float]:
+        """What `decode` returns with a number of threads, for `count` tokens, and the seconds that it took."""
+        trial, turn = divmod(self.burst, self.TRIAL)
+        tried = 0 <= trial < len(self.choices)
+        threads = self.choices[trial] if tried else self.best
         start = time.perf_counter()
         result = decode(threads)
-        if tried and count == MOST_AT_ONCE:  # shorter ones say little
-            taken = (time.perf_counter() - start) / count
-            self.seconds[threads] = taken if burst == 0 else min(taken, self.seconds[threads])
-        self.bursts += count == MOST_AT_ONCE
-        return result
+        seconds = time.perf_counter() - start
+        if tried:
+            self.seconds[threads] = min(seconds / count, self.seconds[threads] if turn else math.inf)
+        self.burst += 1
+        if self.burst == self.TRIAL * len(self.choices):
+            best = min(self.choices, key=lambda threads: self.seconds[threads])
+            self.every = min(2 * self.every, self.MOST) if best == self.best else self.FIRST
+            self.best = best
+        if self.burst == self.every:
+            self.burst = 0
+        return result, seconds
 
 
 def _described(model: Transformer, precision: Precision) -> dict[str, Any]:

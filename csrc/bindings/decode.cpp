@@ -119,14 +119,27 @@ class PyDecoder {
     ready_ = true;
   }
 
-  std::optional<Tensor> generate(int64_t count, int64_t position, uint64_t seed, int64_t keep, double temperature,
-                                 int64_t top_k, double top_p, double min_p, int threads) {
+  std::optional<std::pair<Tensor, Tensor>> generate(int64_t count, int64_t position, uint64_t seed, int64_t keep,
+                                                    double temperature, int64_t top_k, double top_p, double min_p,
+                                                    const std::optional<Tensor>& bias, int threads) {
     check_state(keep, threads);
+    if (bias && !(bias->is_cpu() && bias->is_contiguous() && bias->scalar_type() == at::kFloat &&
+                  bias->numel() == decoder_->model().V)) {
+      throw py::value_error("bias is a contiguous float32 tensor (V) on the CPU");
+    }
     const Tensor out = at::empty({count, decoder_->streams()}, at::TensorOptions().dtype(at::kLong));
+    const Tensor logprobs = at::empty({count, decoder_->streams()}, at::TensorOptions().dtype(at::kFloat));
     const py::gil_scoped_release nogil;
-    const cpu::DrawOptions options{.temperature = temperature, .top_k = top_k, .top_p = top_p, .min_p = min_p};
-    if (!decoder_->generate(count, position, seed, keep, options, threads, out.data_ptr<int64_t>())) return std::nullopt;
-    return out;
+    const cpu::DrawOptions options{.temperature = temperature,
+                                   .top_k = top_k,
+                                   .top_p = top_p,
+                                   .min_p = min_p,
+                                   .bias = bias ? bias->const_data_ptr<float>() : nullptr};
+    if (!decoder_->generate(count, position, seed, keep, options, threads, out.data_ptr<int64_t>(),
+                            logprobs.data_ptr<float>())) {
+      return std::nullopt;
+    }
+    return std::pair(out, logprobs);
   }
 
  private:
@@ -153,7 +166,7 @@ void define_decode(py::module_& m) {
       .def("read", &PyDecoder::read, py::arg("keep"), py::arg("threads"))
       .def("append", &PyDecoder::append, py::arg("tokens"))
       .def("generate", &PyDecoder::generate, py::arg("count"), py::arg("position"), py::arg("seed"), py::arg("keep"),
-           py::arg("temperature"), py::arg("top_k"), py::arg("top_p"), py::arg("min_p"), py::arg("threads"));
+           py::arg("temperature"), py::arg("top_k"), py::arg("top_p"), py::arg("min_p"), py::arg("bias"), py::arg("threads"));
 }
 
 }  // namespace chargpt::bindings

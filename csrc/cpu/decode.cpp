@@ -66,6 +66,7 @@ struct DecodePass {
   float* hidden;
   int64_t hidden_stride;
   float* logits;  // one row for each reading that is the last of its stream, padded(V) wide
+  float* lse;     // of each of these rows
 
   // Of each thread: a row of x_stride; kPassRows rows of a matrix's inputs, with the scales of their groups; and for one
   // head a query and what is mixed, padded(D), and scores and their weights, padded(block_size).
@@ -188,6 +189,12 @@ double uniform_number(uint64_t seed, uint32_t sample, uint32_t position) {
 }
 
 int64_t draw_token(const float* logits, int64_t V, const DrawOptions& options, double uniform) {
+  if (options.bias != nullptr) {
+    thread_local std::vector<float> biased;
+    biased.resize(V);
+    for (int64_t i = 0; i < V; ++i) biased[i] = logits[i] + options.bias[i];
+    logits = biased.data();
+  }
   float top = logits[0];
   int64_t likeliest = 0;
   for (int64_t i = 0; i < V; ++i) {
@@ -264,6 +271,7 @@ struct Crew {
             .hidden = room(hidden, kPassRows * hidden_stride),
             .hidden_stride = hidden_stride,
             .logits = nullptr,
+            .lse = nullptr,
             .normed = room(normed, threads * stride),
             .words = room(words, threads * kPassRows * padded(widest)),
             .words_stride = padded(widest),
@@ -298,13 +306,14 @@ struct Decoder::State {
   std::vector<std::vector<int32_t>> windows;  // what each stream sees, and tokens that it has not read yet
   std::vector<int64_t> cached;                // how many of them it has read
   bool alike = false;                         // all windows, and nothing of them was read
-  Aligned<float> logits;
+  Aligned<float> logits, lse;
   Aligned<uint32_t> cache;
   std::vector<Crew> crews;
 
   State(DecodeModel given, int64_t streams, int most_threads)
       : model(std::move(given)), streams(streams), most_threads(most_threads), windows(streams), cached(streams) {
     logits.resize(streams * padded(model.V));
+    lse.resize(streams);
     cache.resize(streams * static_cast<int64_t>(model.layers.size()) * model.H_kv * Crew::head_words(model));
     const int64_t count = std::min<int64_t>(streams, most_threads);
     crews.reserve(count);
@@ -354,6 +363,7 @@ void Decoder::State::read(Crew& crew, int64_t keep, const Run& run) {
       }
     }
     std::copy_n(logits.data() + first * width, width, logits.data() + i * width);
+    lse[i] = lse[first];
     cached[i] = T;
   }
 }
@@ -384,6 +394,7 @@ bool Decoder::State::together(int threads, Step step) {
           crew.pass.readings = crew.readings.data() + begin;
           crew.pass.count = std::min<int64_t>(kPassRows, size - begin);
           crew.pass.logits = logits.data() + finished * padded(model.V);
+          crew.pass.lse = lse.data() + finished;
           for (int64_t r = 0; r < crew.pass.count; ++r) finished += crew.pass.readings[r].last;
           barrier.wait();
           run_pass(model, crew.pass, barrier, 0, each);
@@ -457,7 +468,7 @@ const float* Decoder::logits() const { return state_->logits.data(); }
 void Decoder::append(int64_t stream, int32_t token) { state_->windows[stream].push_back(token); }
 
 bool Decoder::generate(int64_t count, int64_t position, uint64_t seed, int64_t keep, const DrawOptions& options,
-                       int threads, int64_t* out) {
+                       int threads, int64_t* out, float* logprobs) {
   return state_->together(threads, [=, this](Crew& crew, const auto& run) {
     for (int64_t n = 0; n < count; ++n) {
       state_->read(crew, keep, run);
@@ -467,6 +478,7 @@ bool Decoder::generate(int64_t count, int64_t position, uint64_t seed, int64_t k
         const int64_t token = draw_token(logits, state_->model.V, options, uniform);
         if (token < 0) return false;
         out[n * state_->streams + i] = token;
+        logprobs[n * state_->streams + i] = logits[token] - state_->lse[i];
         append(i, static_cast<int32_t>(token));
       }
     }

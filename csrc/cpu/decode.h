@@ -24,7 +24,7 @@ enum class Activation { kNone, kRelu, kReluSquared, kGelu, kSwiglu };
 inline constexpr int64_t kPanel = 16;  // outputs of a matrix that lie side by side, for vectors of any length up to that
 inline int64_t padded(int64_t n) { return (n + kPanel - 1) / kPanel * kPanel; }
 
-inline constexpr int64_t kGroup = 32;  // inputs that share a scale; divides by 4
+inline constexpr int64_t kGroup = 64;  // inputs that share a scale; divides by 4
 
 // A vector's memory begins with a cache line, so that no load straddles two.
 template <class T>
@@ -91,6 +91,7 @@ struct DrawOptions {
   double temperature = 1;
   int64_t top_k = 0;  // 0: all
   double top_p = 1, min_p = 0;
+  const float* bias = nullptr;  // (V) added to the logits first
 };
 
 // The token that a number in [0, 1) chooses from logits (V), as chargpt/generation/sampler.py does; -1 if they have no
@@ -119,10 +120,10 @@ class Decoder {
 
   void append(int64_t stream, int32_t token);
 
-  // `count` times: read, draw, append. out: (count, streams). The first draw has the number of `position`. False if
-  // logits had no softmax.
+  // `count` times: read, draw, append. out: (count, streams), and logprobs, those of the tokens by the logits alone. The
+  // first draw has the number of `position`. False if logits had no softmax.
   bool generate(int64_t count, int64_t position, uint64_t seed, int64_t keep, const DrawOptions& options, int threads,
-                int64_t* out);
+                int64_t* out, float* logprobs);
 
  private:
   struct State;

@@ -78,21 +78,21 @@ void to_whole_numbers(const float* x, int64_t n, uint32_t* words, float* scale, 
   typedef int8_t Bytes __attribute__((vector_size(kLanes<float>)));
   constexpr float kShift = 12582912.0f;  // 1.5 · 2^23: adding it rounds to an integer, held in the low bits
   constexpr int kVectors = static_cast<int>(kGroup) / kLanes<float>;
-  Vec<float> v[kVectors], highest{}, poison{};
+  Vec<float> v[kVectors];
+  Vec<int32_t> highest{}, sum{};
   for (int i = 0; i < kVectors; ++i) {
     v[i] = load_upto(x + i * kLanes<float>, n - i * kLanes<float>);
-    highest = maximum<float>(highest, v[i] < 0.0f ? -v[i] : v[i]);
-    poison += v[i] * 0.0f;  // NaN, if there is a NaN or an infinity
+    highest = maximum<int32_t>(highest, (Vec<int32_t>)v[i] & 0x7FFFFFFF);  // as integers, where NaN is above all
   }
-  const float top = maximum_of<float>(highest), inverse = top < 1e-30f ? 0 : 127 / top;
-  Vec<int32_t> sum{};
+  const float top = float_of(static_cast<uint32_t>(maximum_of<int32_t>(highest)));
+  const float inverse = top < 1e-30f ? 0 : 127 / top;
   for (int i = 0; i < kVectors; ++i) {
     const Vec<int32_t> whole = (Vec<int32_t>)(v[i] * inverse + kShift) - 0x4B400000;
     const Bytes bytes = __builtin_convertvector(whole, Bytes);
     __builtin_memcpy(words + i * kLanes<float> / 4, &bytes, sizeof bytes);
     sum += whole;
   }
-  *scale = top / 127 + sum_of<float>(poison);
+  *scale = top / 127;
   *offset = -128 * sum_of<int32_t>(sum);
 }
 
@@ -475,6 +475,21 @@ void cap(float softcap, float* x, int64_t n) {  // softcap tanh(x / softcap); n 
   }
 }
 
+float log_sum_exp(const float* x, int64_t n) {
+  const Vec<float> nothing = broadcast(-std::numeric_limits<float>::infinity());
+  Vec<float> highest = nothing, total{};
+  for (int64_t i = 0; i < n; i += kLanes<float>) {
+    const Vec<float> v = load_upto(x + i, n - i);
+    highest = maximum<float>(highest, iota<float>() < static_cast<int32_t>(n - i) ? v : nothing);
+  }
+  const float top = maximum_of<float>(highest);
+  for (int64_t i = 0; i < n; i += kLanes<float>) {
+    const Vec<float> e = exponential(load_upto(x + i, n - i) - top);
+    total += iota<float>() < static_cast<int32_t>(n - i) ? e : Vec<float>{};
+  }
+  return top + std::log(sum_of<float>(total));
+}
+
 void run_pass(const DecodeModel& model, const DecodePass& pass, Barrier& barrier, int thread, int threads) {
   const int64_t rows = pass.count, stride = pass.x_stride;
   const Operand operand = operand_of(pass, thread);
@@ -527,8 +542,11 @@ void run_pass(const DecodeModel& model, const DecodePass& pass, Barrier& barrier
   const int64_t width = padded(model.V);
   multiply_share({model.head, operand, pass.logits, width, Into::kStore}, finished, thread, threads);
   barrier.wait();
-  if (model.softcap == 0) return;
-  for (int64_t i = thread; i < finished; i += threads) cap(model.softcap, pass.logits + i * width, width);
+  for (int64_t i = thread; i < finished; i += threads) {
+    float* logits = pass.logits + i * width;
+    if (model.softcap != 0) cap(model.softcap, logits, width);
+    pass.lse[i] = log_sum_exp(logits, model.V);
+  }
   barrier.wait();
 }
 

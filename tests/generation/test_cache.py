@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from chargpt.config import BigramConfig, ModelConfig, TransformerConfig
+from chargpt.config import BigramConfig, ModelConfig, SampleConfig, TransformerConfig
 from chargpt.generation import generate
 from chargpt.generation.sampler import stream_tokens
 from chargpt.models import Ensemble, LanguageModel, build_model
@@ -123,7 +123,7 @@ def test_more_than_a_window_is_refused() -> None:
 
 def test_a_bigram_needs_no_window() -> None:
     model = build_model(BigramConfig(block_size=2), V, seed=0).eval()
-    assert len(list(stream_tokens(model, fed(1), 9))) == 9
+    assert len(list(stream_tokens(model, fed(1), SampleConfig(max_new_tokens=9)))) == 9
 
 
 @pytest.mark.parametrize("config", [*combinations()[::4], BigramConfig()], ids=str)

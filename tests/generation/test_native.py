@@ -87,8 +87,8 @@ def half(x: torch.Tensor) -> torch.Tensor:
 
 
 def whole(x: torch.Tensor) -> torch.Tensor:
-    """In steps of a 127th of the largest magnitude of each 32 along the last dimension."""
-    groups = x.split(32, -1)
+    """In steps of a 127th of the largest magnitude of each 64 along the last dimension."""
+    groups = x.split(64, -1)
     steps = [group.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127 for group in groups]
     return torch.cat([(group / step).round() * step for group, step in zip(groups, steps, strict=True)], -1)
 
@@ -166,19 +166,28 @@ OPTIONS: list[dict[str, Any]] = [
     {"temperature": 50.0, "top_p": 0.3},
     {"top_k": 1},
     {"top_k": 1000, "top_p": 1.0, "min_p": 1.0},
-    {"keep": 3, "temperature": 2.0, "seed": 2**64 - 1},
+    {"keep": 3, "temperature": 2.0, "seed": 2**63 - 1},
 ]
 
 
 @EVERY
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_the_draws_are_those_of_torch(name: str, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("biased", [False, True])
+def test_the_draws_are_those_of_torch(name: str, options: dict[str, Any], biased: bool) -> None:
     model, count = made(name), 70
+    bias = torch.randn(V, generator=torch.Generator().manual_seed(1)) if biased else None
+    if bias is not None:
+        bias[[2, 7]] = -torch.inf
     prompt = torch.tensor([tokens(5)]).expand(3, -1)
-    wanted = torch.cat(list(stream_tokens(model, prompt, count, **{"seed": 5} | options)), 1)
+    config = SampleConfig(**{"max_new_tokens": count, "temperature": 1.0, "seed": 5} | options)
+    wanted = list(stream_tokens(model, prompt, config, bias))
     decoder = NativeDecoder(model, 3, threads=1)
     decoder.begin(prompt.tolist())
-    assert torch.equal(torch.cat(list(decoder.generate(count, **{"seed": 5} | options)), 1), wanted)
+    got = list(decoder.generate(config, bias))
+    assert [len(burst.tokens) for burst in got[:3]] == [1, 2, 4]
+    assert torch.equal(torch.cat([burst.tokens for burst in got]), torch.cat([step.tokens for step in wanted]))
+    logprobs = torch.cat([burst.logprobs for burst in got])
+    torch.testing.assert_close(logprobs, torch.cat([step.logprobs for step in wanted]), rtol=1e-4, atol=1e-4)
 
 
 def test_one_thread_or_all_whichever_is_faster_now() -> None:
@@ -189,14 +198,19 @@ def test_one_thread_or_all_whichever_is_faster_now() -> None:
         if threads == slow:
             time.sleep(0.002)
 
-    for slow in (4, 1):
-        for _ in range(2 * team.EVERY):
-            team.timed(native.MOST_AT_ONCE, partial(decode, slow))
-    rounds = [used[start : start + team.EVERY] for start in range(0, len(used), team.EVERY)]
-    for number, found in enumerate(rounds):
-        assert found[: 2 * team.TRIAL] == [4] * team.TRIAL + [1] * team.TRIAL  # each is tried, again and again
-        assert set(found[2 * team.TRIAL :]) == {1 if number < 2 else 4}
-    assert native.Team(1).timed(1, lambda threads: threads) == 1
+    def run(slow: int, bursts: int) -> list[int]:
+        used.clear()
+        for _ in range(bursts):
+            team.timed(64, partial(decode, slow))
+        return used.copy()
+
+    trial = [4] * team.TRIAL + [1] * team.TRIAL
+    rest = team.FIRST - len(trial)
+    assert run(4, team.SHORT) == [4] * team.SHORT  # all, until bursts are long enough
+    assert run(4, team.FIRST) == trial + [1] * rest
+    assert run(4, 2 * team.FIRST) == trial + [1] * (rest + team.FIRST)  # tried ever more seldom
+    assert run(1, team.FIRST) == trial + [4] * rest  # until it changes
+    assert native.Team(1).timed(1, lambda threads: threads)[0] == 1
 
 
 @pytest.mark.parametrize("engine", ["torch", "fp32", "bf16", "int8", "auto"])
@@ -243,7 +257,7 @@ def test_broken_weights_are_one_sentence() -> None:
         decoder = NativeDecoder(model, 2)
         decoder.begin([[1], [2]])
         with pytest.raises(ChargptError, match="not finite numbers"):
-            list(decoder.generate(3))
+            list(decoder.generate(SampleConfig(max_new_tokens=3)))
 
 
 def test_nonsense_is_refused_and_reads_no_memory() -> None:

@@ -1,54 +1,22 @@
-"""Sampling: from logits to tokens against a naive reference, and from a prompt to text."""
+"""Sampling: from logits to tokens, against a naive reference."""
 
-import dataclasses
 import itertools
 import math
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chargpt.config import BigramConfig, SampleConfig, TransformerConfig
-from chargpt.errors import ChargptError, TokenizerError
-from chargpt.generation import (
-    generate,
-    generate_text,
-    next_token_probabilities,
-    prompt_tokens,
-    stream_text,
-    stream_tokens,
-)
-from chargpt.generation.sampler import BLOCK, Until, draw, uniforms
+from chargpt.errors import ChargptError
+from chargpt.generation import generate, next_token_probabilities, stream_tokens
+from chargpt.generation.sampler import BLOCK, draw, uniforms
 from chargpt.models import build_model
-from chargpt.models.cache import Cache
-from chargpt.tokenizers import CharacterTokenizer
+from generation.spy import SpyModel
 from kernels.cases import naive_philox
 
-TOKENIZER = CharacterTokenizer("\nabcdefgh ")
 SMALL = TransformerConfig(block_size=6, n_layer=1, n_head=2, n_embd=8)
-
-
-class SpyModel:
-    """Always wants token (last + 1) mod V, and remembers what it was fed."""
-
-    def __init__(self, block_size: int, vocab_size: int = 10) -> None:
-        self.block_size, self.vocab_size = block_size, vocab_size
-        self.fed: list[list[list[int]]] = []
-
-    def new_cache(self) -> Cache:
-        return Cache()
-
-    def hidden(self, idx: torch.Tensor, cache: Cache) -> torch.Tensor:
-        self.fed.append(idx.tolist())
-        cache.length += idx.size(1)
-        assert cache.length <= self.block_size
-        return idx[..., None]  # (B, T, 1)
-
-    def logits(self, h: torch.Tensor) -> torch.Tensor:
-        assert h.dim() == 2, "only the last position's logits are needed"  # (B, 1)
-        return 50.0 * torch.nn.functional.one_hot((h[:, 0] + 1) % self.vocab_size, self.vocab_size).float()
 
 
 # -------------------------------------------------------------------------------------------- logits to probabilities
@@ -212,7 +180,7 @@ def test_real_models_generate_from_a_single_token(config: BigramConfig | Transfo
 def test_frequencies_follow_the_probabilities() -> None:
     model = build_model(BigramConfig(), vocab_size=5, seed=0)
     idx = torch.full((20_000, 1), 2)
-    drawn = generate(model, idx, 1, seed=0)[:, 1]
+    drawn = generate(model, idx, 1, seed=0, temperature=1.0)[:, 1]
     frequencies = torch.bincount(drawn, minlength=5) / len(drawn)
     torch.testing.assert_close(frequencies, model.token_table.weight[2].softmax(-1).detach(), atol=0.015, rtol=0)
 
@@ -248,125 +216,12 @@ def test_a_sample_is_the_same_alone_and_beside_others_and_however_much_of_it() -
     assert torch.equal(generate(model, idx, 20, seed=3), alone[:, :21])
 
 
-def test_sampling_has_a_generator_of_its_own() -> None:
-    model = build_model(SMALL, vocab_size=TOKENIZER.vocab_size, seed=0).eval()
-    before = torch.get_rng_state()
-    config = SampleConfig(max_new_tokens=30, temperature=1.0, num_samples=2)
-    first = generate_text(model, TOKENIZER, "abc", config)
-    assert torch.equal(torch.get_rng_state(), before)
-    torch.manual_seed(99)
-    assert generate_text(model, TOKENIZER, "abc", config) == first
-    assert first[0] != first[1]
-    other = SampleConfig(max_new_tokens=30, temperature=1.0, num_samples=2, seed=7)
-    assert generate_text(model, TOKENIZER, "abc", other) != first
-
-
-# ----------------------------------------------------------------------------------------------------- prompts and text
-
-
-def test_a_prompt_and_its_continuations() -> None:
-    model = SpyModel(block_size=4, vocab_size=TOKENIZER.vocab_size)
-    texts = generate_text(model, TOKENIZER, "ab", SampleConfig(num_samples=3, max_new_tokens=4, temperature=0))
-    assert texts == ["abcdef"] * 3
-    assert [len(fed) for fed in model.fed] == [1, 3, 3, 3]  # the prompt once, then all samples in one batch
-
-
-def test_streamed_text_is_the_same_text_piece_by_piece() -> None:
-    model = build_model(SMALL, vocab_size=TOKENIZER.vocab_size, seed=0).eval()
-    config = SampleConfig(max_new_tokens=25, num_samples=2)
-    steps = list(stream_text(model, TOKENIZER, "ab", config))
-    assert len(steps) == 25
-    assert ["ab" + "".join(pieces) for pieces in zip(*steps, strict=True)] == generate_text(
-        model, TOKENIZER, "ab", config
-    )
-
-
 def test_streaming_computes_only_what_is_asked_for() -> None:
     model = SpyModel(block_size=4)
-    stream = stream_tokens(model, torch.zeros(1, 1, dtype=torch.long), 1000)
+    stream = stream_tokens(model, torch.zeros(1, 1, dtype=torch.long), SampleConfig(max_new_tokens=1000))
     next(stream)
     next(stream)
     assert len(model.fed) == 2
-
-
-def test_no_new_tokens_give_the_prompt_back() -> None:
-    assert generate_text(SpyModel(4), TOKENIZER, "ab", SampleConfig(max_new_tokens=0, num_samples=2)) == ["ab", "ab"]
-
-
-def test_an_empty_prompt_starts_from_a_newline_or_the_first_symbol() -> None:
-    assert prompt_tokens(CharacterTokenizer("\tz\n"), "").tolist() == [[1]]
-    assert prompt_tokens(CharacterTokenizer("xyz"), "").tolist() == [[0]]
-    texts = generate_text(SpyModel(4), TOKENIZER, "", SampleConfig(max_new_tokens=3, temperature=0))
-    assert texts == [" ab"]  # the newline that it started from is no part of the text
-
-
-@pytest.mark.parametrize("unknown", ["strict", "replace", "skip"])
-def test_a_known_prompt_is_encoded_alike_in_every_mode(unknown: str) -> None:
-    assert prompt_tokens(TOKENIZER, "bad", unknown).tolist() == [[3, 2, 5]]
-
-
-def test_unknown_characters_of_a_prompt() -> None:
-    with pytest.raises(TokenizerError, match=r"'é' \(U\+00E9\) at 1"):
-        prompt_tokens(TOKENIZER, "aéb")
-    assert prompt_tokens(TOKENIZER, "aéb", "skip").tolist() == [[2, 3]]
-    space = int(TOKENIZER.encode(" ")[0])
-    assert prompt_tokens(TOKENIZER, "aéb", "replace").tolist() == [[2, space, 3]]
-
-
-def test_a_prompt_of_unknown_characters_alone() -> None:
-    for unknown in ("strict", "skip"):
-        with pytest.raises(TokenizerError, match=r"日|prompt"):
-            prompt_tokens(TOKENIZER, "日本", unknown)
-    assert prompt_tokens(TOKENIZER, "日本", "replace").shape == (1, 2)
-
-
-def test_the_error_of_a_prompt_comes_before_the_first_token() -> None:
-    model = SpyModel(4)
-    with pytest.raises(TokenizerError):
-        generate_text(model, TOKENIZER, "é", SampleConfig())
-    assert model.fed == []
-
-
-def test_broken_weights_are_an_error_for_the_user() -> None:
-    model = build_model(BigramConfig(), vocab_size=TOKENIZER.vocab_size, seed=0)
-    with torch.no_grad():
-        model.token_table.weight.fill_(np.nan)
-    for temperature in (0.0, 1.0):
-        with pytest.raises(ChargptError, match="weights are broken"):
-            generate_text(model, TOKENIZER, "a", SampleConfig(temperature=temperature))
-
-
-# --------------------------------------------------------------------------------------------------------- stop texts
-
-
-@example("baa", ["a", "baa"], [1, 1])
-@given(
-    st.text("ab", max_size=30),
-    st.lists(st.text("ab", min_size=1, max_size=4), max_size=3),
-    st.lists(st.integers(1, 4), max_size=30),
-)
-def test_text_passes_up_to_the_first_stop_text_however_it_is_cut(text: str, stops: list[str], cuts: list[int]) -> None:
-    until, passed, rest = Until(stops), "", text
-    for cut in [*cuts, len(text)]:
-        piece, rest = rest[:cut], rest[cut:]
-        passed += until(piece)
-        assert text.startswith(passed)
-        assert not any(stop in passed for stop in stops)
-        assert len(until.held) < max(map(len, stops), default=1)
-    ends = [end for end in range(len(text) + 1) if text[:end].endswith(tuple(stops))]  # one character at a time
-    assert until.reached == bool(ends)
-    length = max((len(stop) for stop in stops if ends and text[: ends[0]].endswith(stop)), default=0)
-    assert passed + until.held == (text[: ends[0] - length] if ends else text)
-
-
-def test_a_sample_ends_at_its_stop_text_and_all_of_them_end_the_work() -> None:
-    model = SpyModel(block_size=4, vocab_size=TOKENIZER.vocab_size)
-    config = SampleConfig(num_samples=2, max_new_tokens=50, temperature=0, stop=("gh", "ef"))
-    assert generate_text(model, TOKENIZER, "ab", config) == ["abcd"] * 2
-    assert len(model.fed) == 4  # c, d, e, f
-    assert generate_text(model, TOKENIZER, "ab", dataclasses.replace(config, stop=("e",))) == ["abcd"] * 2
-    short = dataclasses.replace(config, stop=("deX",), max_new_tokens=3)
-    assert list(stream_text(model, TOKENIZER, "ab", short)) == [["c"] * 2, [""] * 2, [""] * 2, ["de"] * 2]
 
 
 def test_min_p_drops_what_is_far_less_likely_than_the_likeliest() -> None:

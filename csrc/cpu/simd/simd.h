@@ -76,6 +76,7 @@ template <class T>
 CHARGPT_INLINE Vec<T> maximum(Vec<T> a, Vec<T> b) {
 #if CHARGPT_ISA_LEVEL >= 2
   if constexpr (std::is_same_v<T, float>) return (Vec<T>)_mm512_max_ps((__m512)a, (__m512)b);
+  if constexpr (std::is_same_v<T, int32_t>) return (Vec<T>)_mm512_max_epi32((__m512i)a, (__m512i)b);
 #endif
   return a > b ? a : b;
 }
@@ -84,6 +85,7 @@ template <class T>
 CHARGPT_INLINE T sum_of(Vec<T> v) {
 #if CHARGPT_ISA_LEVEL >= 2
   if constexpr (std::is_same_v<T, float>) return _mm512_reduce_add_ps((__m512)v);
+  if constexpr (std::is_same_v<T, int32_t>) return _mm512_reduce_add_epi32((__m512i)v);
 #endif
   T total = v[0];
   for (int i = 1; i < kLanes<T>; ++i) total += v[i];
@@ -94,6 +96,7 @@ template <class T>
 CHARGPT_INLINE T maximum_of(Vec<T> v) {
 #if CHARGPT_ISA_LEVEL >= 2
   if constexpr (std::is_same_v<T, float>) return _mm512_reduce_max_ps((__m512)v);
+  if constexpr (std::is_same_v<T, int32_t>) return _mm512_reduce_max_epi32((__m512i)v);
 #endif
   T top = v[0];
   for (int i = 1; i < kLanes<T>; ++i) top = v[i] > top ? v[i] : top;
