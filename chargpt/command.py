@@ -36,8 +36,15 @@ def user_errors() -> Iterator[None]:
     _open_standard_streams()
     with contextlib.redirect_stderr(typing.cast(TextIO, Unbreakable(sys.stderr))), _lossless(sys.stdout):
         try:
-            with Interrupts():
-                yield
+            with Interrupts() as interrupts:
+                try:
+                    yield
+                except ChargptError:
+                    raise
+                except Exception as error:
+                    if interrupts.requested:  # and swallowed, by a library that is now half loaded
+                        raise KeyboardInterrupt(interrupts.requested) from error
+                    raise
             print(end="", flush=True)  # a closed pipe must show here, not while the interpreter shuts down
             return
         except ChargptError as error:

@@ -364,6 +364,39 @@ def test_several_samples_differ_and_are_set_apart(chargpt: Chargpt, trained: Pat
     assert len(samples) == len(set(samples)) == 3
 
 
+def test_json_lines_for_programs(chargpt: Chargpt, trained: Path) -> None:
+    arguments = ["sample", trained / "runs/my", "--prompt", "to", "--max-new-tokens", "40", "--num-samples", "2"]
+    texts = chargpt(*arguments)[1].removesuffix("\n").split("\n---\n")
+    whole = [json.loads(line) for line in chargpt(*arguments, "--json")[1].splitlines()]
+    assert [(found["sample"], found["prompt"] + found["text"]) for found in whole] == list(enumerate(texts))
+    for found in whole:
+        assert found.keys() == {"sample", "prompt", "text", "tokens", "logprobs", "finish_reason"}
+        assert len(found["tokens"]) == len(found["logprobs"]) == 40
+        assert max(found["logprobs"]) < 0
+        assert found["finish_reason"] == "length"
+    pieces = [json.loads(line) for line in chargpt(*arguments, "--json", "--stream", "--stop", " ")[1].splitlines()]
+    for i, found in enumerate(whole):
+        mine = [piece for piece in pieces if piece["sample"] == i]
+        assert "".join(piece["text"] for piece in mine) == found["text"].partition(" ")[0]
+        assert [piece["finish_reason"] for piece in mine] == [None] * (len(mine) - 1) + ["stop"]
+
+
+def test_logprobs_stand_before_each_token(chargpt: Chargpt, trained: Path) -> None:
+    arguments = ["sample", trained / "runs/my", "--prompt", "to", "--max-new-tokens", "5", "--num-samples", "2"]
+    texts = chargpt(*arguments)[1].removesuffix("\n").split("\n---\n")
+    tables = chargpt(*arguments, "--logprobs")[1].removesuffix("\n").split("\n---\n")
+    for text, table in zip(texts, tables, strict=True):
+        rows = [(line[:9], line[11:]) for line in table.splitlines()]
+        assert [shown for _, shown in rows] == [repr(character) for character in text.removeprefix("to")]
+        assert all(float(logprob) < 0 for logprob, _ in rows)
+
+
+def test_what_may_come_can_be_said(chargpt: Chargpt, trained: Path) -> None:
+    arguments = ["sample", trained / "runs/my", "--prompt", "to", "--max-new-tokens", "200", "--temperature", "3"]
+    assert set(chargpt(*arguments, "--allow", "tobe")[1].removeprefix("to")) == set("tobe\n")
+    assert not set("tobe") & set(chargpt(*arguments, "--ban", "tobe")[1].removeprefix("to"))
+
+
 def test_a_checkpoint_can_be_sampled_from_anywhere(chargpt: Chargpt, trained: Path, tmp_path: Path) -> None:
     shutil.copytree(trained / "runs/my/best", tmp_path / "alone")
     shown = [chargpt("sample", path, "--max-new-tokens", "20") for path in (trained / "runs/my", "alone")]

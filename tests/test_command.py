@@ -147,6 +147,16 @@ def test_a_swallowed_interrupt_stops_where_work_begins() -> None:
         assert signal.getsignal(signal.SIGINT) == outer._handle
 
 
+def test_what_fails_after_a_swallowed_interrupt_is_the_interrupt(capsys: pytest.CaptureFixture[str]) -> None:
+    def swallowing() -> None:
+        with contextlib.suppress(BaseException):
+            signal.raise_signal(signal.SIGINT)
+        raise AttributeError("half loaded")
+
+    code, err = outcome(swallowing, capsys)
+    assert (code, err) == (2, "chargpt: error: stopped by Ctrl-C; nothing half-written was left behind\n")
+
+
 def test_handlers_are_as_before_afterwards() -> None:
     before = [signal.getsignal(number) for number in Interrupts.SIGNALS]
     with user_errors():
