@@ -96,7 +96,7 @@ def add(commands: Commands) -> None:
         "--engine",
         choices=get_args(Engine),
         default=usual.engine,
-        help="torch, or C++ in fp32, bf16 or int8 (default: %(default)s, C++ in bf16 where it can, else torch)",
+        help="torch, or C++ in fp32, bf16 or int8 (default: %(default)s, C++ in int8 where it can, else torch)",
     )
     sample.add_argument("--device", default="auto", help=f"{DEVICES} (default: %(default)s)")
 
@@ -174,8 +174,8 @@ def stream(generator: "Generator", prompt: str, config: SampleConfig, *, as_json
         from chargpt.generation import choose_engine
 
         seconds = time.perf_counter() - start
-        engine = choose_engine(generator.model, config.engine)
-        by = "torch" if engine == "torch" else f"C++ in {engine}"
+        engine, why = choose_engine(generator.model, config.engine)
+        by = f"{engine if engine == 'torch' else f'C++ in {engine}'} ({why})"
         print(f"{tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:,.0f} a second, by {by}", file=sys.stderr)
 
 

@@ -231,7 +231,7 @@ class SampleConfig:
     ban: str = ""  # characters; tokens with one of them cannot come
     keep: int | None = None  # tokens of a full window that the model goes on with; null: half of them
     unknown: Literal["strict", "replace", "skip"] = "strict"  # characters of a prompt that the vocabulary lacks
-    engine: Engine = "auto"  # torch, or C++ with weights in that precision; auto: C++ in bf16 where it can, else torch
+    engine: Engine = "auto"  # torch, or C++ with weights in that precision; auto: C++ in int8 where it can, else torch
     seed: int = 1337
 
     def __post_init__(self) -> None:

@@ -6,7 +6,7 @@ nor the text.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -70,7 +70,7 @@ class Generator:
 
     def _drawn(self, idx: torch.Tensor, config: SampleConfig, bias: torch.Tensor | None) -> Iterator[Drawn]:
         """The tokens after `idx` (B, T), by the engine that `config` names."""
-        engine = choose_engine(self.model, config.engine)
+        engine, _ = choose_engine(self.model, config.engine)
         if engine == "torch":
             return stream_tokens(self.model, idx, config, None if bias is None else bias.to(self.device))
         return self._decoded(idx, config, bias, engine)
@@ -133,17 +133,22 @@ def generate_text(
     return [prompt + completion.text for completion in Generator(model, tokenizer, device).generate(prompt, config)]
 
 
-def choose_engine(model: LanguageModel, engine: Engine = "auto") -> Literal["torch", "fp32", "bf16", "int8"]:
-    """What generates: torch, or C++ with weights in float32 or bfloat16; "auto" takes bfloat16 where C++ can.
+class Chosen(NamedTuple):
+    engine: Literal["torch", "fp32", "bf16", "int8"]  # torch, or C++ in that precision
+    why: str
+
+
+def choose_engine(model: LanguageModel, engine: Engine = "auto") -> Chosen:
+    """What generates, and why; "auto" takes int8 where C++ can.
 
     Raises ConfigError when C++ is asked for by name and cannot.
     """
     problem = None if engine == "torch" else why_not(model)
-    if engine in ("fp32", "bf16", "int8") and problem is not None:
-        raise ConfigError(f"engine {engine} cannot generate here: {problem}; leave it at auto")
     if engine == "auto":
-        return "bf16" if problem is None else "torch"
-    return engine
+        return Chosen("torch", problem) if problem else Chosen("int8", "the fastest, within 0.0001 nats a character")
+    if problem is not None:
+        raise ConfigError(f"engine {engine} cannot generate here: {problem}; leave it at auto")
+    return Chosen(engine, "asked for")
 
 
 class Until:

@@ -226,11 +226,8 @@ def test_every_engine_writes_text(engine: Any) -> None:
 
 def test_what_cpp_cannot_decode_goes_to_torch_and_says_why() -> None:
     model = made("gpt2")
-    assert (choose_engine(model), choose_engine(model, "fp32"), choose_engine(model, "torch")) == (
-        "bf16",
-        "fp32",
-        "torch",
-    )
+    asked: tuple[Any, ...] = ("auto", "fp32", "bf16", "int8", "torch")
+    assert [choose_engine(model, engine).engine for engine in asked] == ["int8", *asked[1:]]
     without = build_model(dataclasses.replace(BASE, residual=False, norm="none", mlp="none", n_layer=1), V, 1)
     quantised = made("gpt2")
     quantised.head = nn.Identity()  # type: ignore[assignment]
@@ -242,7 +239,8 @@ def test_what_cpp_cannot_decode_goes_to_torch_and_says_why() -> None:
         (copy.deepcopy(model).to("meta"), "not on the CPU"),
     ):
         assert reason in str(why_not(other))
-        assert choose_engine(other) == "torch"
+        assert choose_engine(other).engine == "torch"
+        assert reason in choose_engine(other).why
         with pytest.raises(ConfigError, match="engine fp32 cannot generate here"):
             choose_engine(other, "fp32")
         with pytest.raises(ChargptError, match=reason):
