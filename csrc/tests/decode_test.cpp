@@ -35,15 +35,17 @@ struct Shape {
   int64_t V, block_size, C, H, H_kv, hidden;
   Norm norm;
   Activation activation;
-  bool rotary, half;
+  bool rotary;
+  Precision precision;
 };
 
 DecodeModel make(const Shape& shape, Tables* tables) {
   const int64_t C = shape.C, D = C / shape.H, kv = shape.H_kv * D;
   const bool gains = shape.norm == Norm::kLayer;
   const auto gain = [&] { return gains ? Gain{tables->draw(C), tables->draw(C)} : Gain{}; };
-  const auto linear = [&](int64_t N, int64_t K) { return Linear(tables->draw(N * K), tables->draw(N), N, K, shape.half); };
-  DecodeModel model{.V = shape.V,
+  const auto linear = [&](int64_t N, int64_t K) { return Linear(tables->draw(N * K), tables->draw(N), N, K, shape.precision); };
+  DecodeModel model{.precision = shape.precision,
+                    .V = shape.V,
                     .block_size = shape.block_size,
                     .C = C,
                     .H = shape.H,
@@ -111,7 +113,8 @@ void check(const Shape& shape) {
     alone.push_back(logits_of(decoder, 0, shape.V));
     for (float x : alone.back()) failures += !std::isfinite(x);
   }
-  const DrawOptions options{.temperature = 0.9, .top_k = 5, .top_p = 0.95, .min_p = 0.01};
+  const float* bias = tables.draw(shape.V);
+  const DrawOptions options{.temperature = 0.9, .top_k = 5, .top_p = 0.95, .min_p = 0.01, .bias = bias};
   std::vector<int64_t> first(20 * 3), again(20 * 3);
   for (int threads : {1, 2, 3}) {
     Decoder decoder(model(), 3, threads);
@@ -125,7 +128,13 @@ void check(const Shape& shape) {
     }
     decoder.begin(windows);
     auto& out = threads == 1 ? first : again;
-    if (!decoder.generate(20, 0, 7, std::min<int64_t>(3, shape.block_size), options, threads, out.data())) ++failures;
+    std::vector<float> logprobs(20 * 3);
+    failures += !decoder.generate(20, 0, 7, std::min<int64_t>(3, shape.block_size), options, threads, out.data(),
+                                  logprobs.data());
+    for (float x : logprobs) failures += !(x < 1e-5f && std::isfinite(x));
+    decoder.begin({windows[0], windows[0], windows[0]});  // read once for all
+    decoder.read(1, threads);
+    for (int64_t i = 0; i < 3; ++i) failures += logits_of(decoder, i, shape.V) != alone[0];
     if (threads > 1 && first != again) ++failures;
   }
 }
@@ -147,12 +156,12 @@ void check_drawing() {
 }  // namespace
 
 int main() {
-  for (bool half : {false, true}) {
-    check({11, 8, 24, 4, 4, 96, Norm::kLayer, Activation::kGelu, false, half});
-    check({65, 33, 32, 2, 1, 128, Norm::kRms, Activation::kReluSquared, true, half});
-    check({130, 70, 48, 4, 2, 67, Norm::kRms, Activation::kSwiglu, true, half});
-    check({3, 5, 15, 3, 3, 19, Norm::kLayer, Activation::kRelu, false, half});
-    check({300, 2, 1, 1, 1, 1, Norm::kNone, Activation::kNone, false, half});
+  for (Precision precision : {Precision::kFloat, Precision::kHalf, Precision::kInt8}) {
+    check({11, 8, 24, 4, 4, 96, Norm::kLayer, Activation::kGelu, false, precision});
+    check({65, 33, 32, 2, 1, 128, Norm::kRms, Activation::kReluSquared, true, precision});
+    check({130, 70, 48, 4, 2, 67, Norm::kRms, Activation::kSwiglu, true, precision});
+    check({3, 5, 15, 3, 3, 19, Norm::kLayer, Activation::kRelu, false, precision});
+    check({300, 2, 1, 1, 1, 1, Norm::kNone, Activation::kNone, false, precision});
   }
   check_drawing();
   std::printf(failures == 0 ? "decode: all right\n" : "decode: %d failures\n", failures);
