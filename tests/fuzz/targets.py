@@ -5,6 +5,7 @@ result that is not the reference's, a file of the user's that changed.
 """
 
 import contextlib
+import copy
 import io
 import json
 import os
@@ -14,7 +15,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import numpy as np
 import torch
@@ -24,10 +25,19 @@ from safetensors.torch import load_file, save_file
 import runs
 from chargpt import cli
 from chargpt.checkpoint import load_model, load_state
-from chargpt.config import TokenizerConfig, TrainConfig, TransformerConfig, load_params, load_train_config, override
+from chargpt.config import (
+    SampleConfig,
+    TokenizerConfig,
+    TrainConfig,
+    TransformerConfig,
+    load_params,
+    load_train_config,
+    override,
+)
 from chargpt.data import load_splits, require_size, split_tokens, write_splits
 from chargpt.errors import ChargptError
 from chargpt.generation import NativeDecoder
+from chargpt.generation.native import Precision
 from chargpt.models import build_model
 from chargpt.text import read_text
 from chargpt.tokenizers import build_tokenizer, load_tokenizer
@@ -323,6 +333,10 @@ class Commands:
             "--min-p",
             "--keep",
             "--stop",
+            "--allow",
+            "--ban",
+            "--logprobs",
+            "--interactive",
             "--engine",
             "--prompt-file",
             "--unknown",
@@ -476,18 +490,44 @@ class Decoder:
         keep = rng.choice([None, 1, size, rng.randint(1, 2 * size)])
         kept = max(1, size // 2) if keep is None else min(keep, size)
         held = [[rng.randrange(vocabulary) for _ in range(rng.randint(1, size))] for _ in range(streams)]
-        decoder = NativeDecoder(model, streams, threads=rng.choice([1, 1, 1, 2]))
+        if rng.random() < 0.3:
+            held = [held[0]] * streams  # read as one
+        held = [list(window) for window in held]
+        precision = rng.choice(get_args(Precision))
+        decoder = NativeDecoder(model, streams, precision, rng.choice([1, 1, 1, 2, 3]))
+        alone = NativeDecoder(model, 1, precision, 1)
         decoder.begin(held)
-        exact = model.double()
+        exact = copy.deepcopy(model).double()
         for _ in range(rng.randint(1, 6)):
-            wanted = torch.stack([exact.logits(exact.hidden(torch.tensor([window]))[0, -1]) for window in held])
-            torch.testing.assert_close(decoder.read(keep).double(), wanted, rtol=1e-4, atol=1e-4)
+            got = decoder.read(keep)
+            if precision == "fp32":
+                wanted = torch.stack([exact.logits(exact.hidden(torch.tensor([window]))[0, -1]) for window in held])
+                torch.testing.assert_close(got.double(), wanted, rtol=1e-4, atol=1e-4)
+            for window, row in zip(held, got, strict=True):
+                alone.begin([window])
+                assert torch.equal(alone.read()[0], row), "bits that depend on neighbours"
             new = [rng.randrange(vocabulary) for _ in range(streams)]
             decoder.append(new)
             for window, token in zip(held, new, strict=True):
                 window.append(token)
                 if len(window) > size:
                     del window[:-kept]
+        count = rng.randint(0, 20)
+        config = SampleConfig(
+            max_new_tokens=count,
+            temperature=rng.choice([0.0, 1e-9, 0.8, 50.0]),
+            top_k=rng.choice([None, 1, 3]),
+            top_p=rng.choice([None, 0.5, 1.0]),
+            min_p=rng.choice([None, 0.3]),
+            keep=keep,
+            seed=seed,
+        )
+        bias = torch.where(torch.arange(vocabulary) % 3 == 0, 0.0, -torch.inf) if rng.random() < 0.5 else None
+        drawn = list(decoder.generate(config, bias))
+        tokens = [token for burst in drawn for token in burst.tokens.flatten().tolist()]
+        assert len(tokens) == count * streams
+        assert all(0 <= token < vocabulary and (bias is None or token % 3 == 0) for token in tokens)
+        assert all((burst.logprobs < 1e-4).all() and burst.logprobs.isfinite().all() for burst in drawn)
         return TAKEN
 
 
