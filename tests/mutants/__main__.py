@@ -224,11 +224,14 @@ def covered() -> Covering:
         tree, parts = copied(BUILD / "tree-0"), BUILD / "covering"
         shutil.rmtree(parts, ignore_errors=True)
         parts.mkdir()
-        command = [str(PYTHON), "-m", "pytest", "-q", "-n", "2", "-p", "no:cacheprovider"]
+        command = [str(PYTHON), "-m", "pytest", "-q", "-rfE", "-n", "2", "-p", "no:cacheprovider"]
         command += ["-p", "tests.mutants.covering", "--timeout", "900"]
-        done = subprocess.run(command, cwd=tree, env=environment(tree) | {"CHARGPT_COVERING": str(parts)}, check=False)
-        if done.returncode:
-            sys.exit("tests fail without any change; mend that first")
+        environs = environment(tree) | {"CHARGPT_COVERING": str(parts)}
+        done = subprocess.run(command, cwd=tree, env=environs, stdout=subprocess.PIPE, text=True, check=False)
+        failed = failures(done.stdout)
+        if done.returncode and (not failed or run(tree, tuple(failed), math.inf)[0] != "survived"):
+            print(done.stdout)
+            sys.exit("tests fail without any change, alone too; mend that first")
         seconds: dict[str, float] = {}
         lines: dict[str, dict[str, list[str]]] = {}
         for part in sorted(parts.iterdir()):
@@ -355,9 +358,14 @@ def run(tree: Path, tests: tuple[str, ...], seconds: float) -> tuple[str, str | 
         return "hung", None
     if done.returncode == 0:
         return "survived", None
-    lines = [line for line in done.stdout.splitlines() if line.startswith(("FAILED ", "ERROR "))]
-    named = lines[-1].split(" ", 1)[1].split(" - ")[0] if lines else ""
-    return "killed", named if named in tests else None
+    named = failures(done.stdout)[-1:]
+    return "killed", named[0] if named and named[0] in tests else None
+
+
+def failures(said: str) -> list[str]:
+    """The tests that failed, as pytest says them at its end."""
+    lines = [line for line in said.splitlines() if line.startswith(("FAILED ", "ERROR "))]
+    return [line.split(" ", 1)[1].split(" - ")[0] for line in lines]
 
 
 def environment(tree: Path) -> dict[str, str]:
