@@ -1,7 +1,7 @@
 """The C++ decoder: tokens a second of each engine, their share of what memory allows, and what precision costs in nats.
 
 Run as `python -m benchmarks.decode [--models modern …] [RUN …]`. Speeds are those of one sample and of 32 together over
-10,000 tokens (torch: two windows at most), so rollover is part of them, with all threads and, in brackets, with one;
+10,000 tokens (torch: one window), so rollover is part of them, with all threads and, in brackets, with one;
 weights are random, which changes no work.
 
 The share: a single sample reads all weights for every token, and all keys and values that it keeps. Their bytes, over
@@ -74,19 +74,18 @@ def main() -> None:
 def torch_speed(model: LanguageModel, streams: int) -> float:
     """Tokens a second of all samples together: the best of three."""
     prompt = torch.zeros(streams, 1, dtype=torch.long)
-    count = min(TOKENS // streams, 2 * model.block_size)
+    count = min(TOKENS // streams, model.block_size)
     config = SampleConfig(max_new_tokens=count, temperature=1.0)
     return count * streams / best_of_three(lambda: list(stream_tokens(model, prompt, config)))
 
 
 def cell(model: LanguageModel, streams: int, precision: Precision, threads: int) -> str:
-    all_threads = speed(model, streams, precision, threads)
-    shown = (
-        f"{all_threads:,.0f}" if threads == 1 else f"{all_threads:,.0f} ({speed(model, streams, precision, 1):,.0f})"
-    )
-    if streams > 1:
-        return shown
-    return f"{shown}, {all_threads * least_seconds(model, precision, threads):.0%}"
+    shown = []
+    for count in sorted({threads, 1}, reverse=True):
+        tokens_a_second = speed(model, streams, precision, count)
+        share = f", {tokens_a_second * least_seconds(model, precision, count):.0%}" if streams == 1 else ""
+        shown.append(f"{tokens_a_second:,.0f}{share}")
+    return " (".join(shown) + ")" * (len(shown) - 1)
 
 
 def speed(model: LanguageModel, streams: int, precision: Precision, threads: int) -> float:

@@ -82,9 +82,10 @@ class NativeDecoder:
 
         Raises ChargptError when the logits have no softmax.
         """
-        position, burst, team = 0, 1, Team(self.threads)
+        position, burst = 0, 1
+        team = Team(self.threads, alone=not self._decoder.apart(self.threads))
         while position < config.max_new_tokens:
-            burst = min(burst, config.max_new_tokens - position)
+            burst = min(burst, team.most(), config.max_new_tokens - position)
 
             def decode(threads: int, burst: int = burst, position: int = position) -> Any:
                 return self._decoder.generate(
@@ -105,7 +106,7 @@ class NativeDecoder:
                 raise ChargptError(BROKEN_LOGITS)
             yield Drawn(*drawn)
             position += burst
-            burst = max(1, min(2 * burst, MOST_AT_ONCE, int(burst * BURST_SECONDS / max(seconds, 1e-9))))
+            burst = max(1, min(2 * burst, int(burst * BURST_SECONDS / max(seconds, 1e-9))))
 
     def _keep(self, keep: int | None) -> int:
         return max(1, self.block_size // 2) if keep is None else min(keep, self.block_size)
@@ -114,28 +115,41 @@ class NativeDecoder:
 class Team:
     """How many threads to decode with: all, unless one alone is faster, as where other processes want the cores too.
 
-    Threads wait for each other many times a token, and one that lost its core keeps the others waiting. The number
-    changes no bits, so now and then the other one is tried; ever more seldom, while that changes nothing.
+    Threads that share the work on a stream wait for each other many times a token, and one that lost its core keeps the
+    others waiting. The number changes no bits, so now and then the other one is tried; ever more seldom, while that
+    changes nothing.
+
+    alone: whether one thread may be faster
     """
 
-    TRIAL, FIRST, MOST = 2, 16, 256  # bursts of a trial, the fastest of which counts, and from one trial to the next
     SHORT = 4  # bursts at the beginning, which are too short to tell
+    TRIAL, TOKENS = 2, 16  # bursts of a trial, the fastest of which counts, and their length
+    FIRST, MOST = 16, 256  # bursts from one trial to the next
 
-    def __init__(self, threads: int) -> None:
-        self.choices = sorted({1, threads}, reverse=True)
+    def __init__(self, threads: int, alone: bool = True) -> None:
+        self.choices = sorted({1, threads}, reverse=True) if alone else [threads]
         self.seconds = dict.fromkeys(self.choices, math.inf)  # for a token, at the last trial
-        self.best, self.every, self.burst = self.choices[0], self.FIRST, -self.SHORT
+        self.best, self.every, self.burst = threads, self.FIRST, -self.SHORT
+
+    @property
+    def tried(self) -> int | None:
+        """The number of threads that the next burst tries."""
+        trial = self.burst // self.TRIAL
+        return self.choices[trial] if len(self.choices) > 1 and 0 <= trial < len(self.choices) else None
+
+    def most(self) -> int:
+        """The most tokens of the next burst."""
+        return MOST_AT_ONCE if self.tried is None else self.TOKENS
 
     def timed(self, count: int, decode: Callable[[int], T]) -> tuple[T, float]:
         """What `decode` returns with a number of threads, for `count` tokens, and the seconds that it took."""
-        trial, turn = divmod(self.burst, self.TRIAL)
-        tried = 0 <= trial < len(self.choices)
-        threads = self.choices[trial] if tried else self.best
+        tried = self.tried
         start = time.perf_counter()
-        result = decode(threads)
+        result = decode(self.best if tried is None else tried)
         seconds = time.perf_counter() - start
-        if tried:
-            self.seconds[threads] = min(seconds / count, self.seconds[threads] if turn else math.inf)
+        if tried is not None:
+            first = self.burst % self.TRIAL == 0
+            self.seconds[tried] = min(seconds / count, math.inf if first else self.seconds[tried])
         self.burst += 1
         if self.burst == self.TRIAL * len(self.choices):
             best = min(self.choices, key=lambda threads: self.seconds[threads])

@@ -87,6 +87,8 @@ class PyDecoder {
     decoder_ = std::make_unique<cpu::Decoder>(std::move(model), streams, threads);
   }
 
+  bool apart(int threads) const { return cpu::apart(decoder_->streams(), threads); }
+
   void begin(std::vector<std::vector<int32_t>> windows) {
     const auto& model = decoder_->model();
     if (static_cast<int64_t>(windows.size()) != decoder_->streams()) throw py::value_error("one window for each stream");
@@ -162,6 +164,7 @@ class PyDecoder {
 void define_decode(py::module_& m) {
   py::class_<PyDecoder>(m, "Decoder", "A Transformer that reads and writes token by token; see chargpt/generation/native.py.")
       .def(py::init<const py::dict&, int64_t, int>(), py::arg("model"), py::arg("streams"), py::arg("most_threads"))
+      .def("apart", &PyDecoder::apart, py::arg("threads"))
       .def("begin", &PyDecoder::begin, py::arg("windows"))
       .def("read", &PyDecoder::read, py::arg("keep"), py::arg("threads"))
       .def("append", &PyDecoder::append, py::arg("tokens"))

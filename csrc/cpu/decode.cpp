@@ -373,8 +373,7 @@ void Decoder::State::read(Crew& crew, int64_t keep, const Run& run) {
 // threads live as long as that, and no longer. Whether all steps were true.
 template <class Step>
 bool Decoder::State::together(int threads, Step step) {
-  const bool apart = streams % threads == 0 || streams >= 4 * threads;
-  const int count = apart ? threads : 1, each = threads / count;
+  const int count = apart(streams, threads) ? threads : 1, each = threads / count;
   const auto run_pass = kernels().run_pass;
   std::vector<std::exception_ptr> problems(count);
   std::atomic<bool> all{true};

@@ -101,6 +101,9 @@ int64_t draw_token(const float* logits, int64_t V, const DrawOptions& options, d
 // The number in [0, 1) of sample and position: Philox with the counter (position, sample, 0, 1).
 double uniform_number(uint64_t seed, uint32_t sample, uint32_t position);
 
+// Whether each thread takes streams of its own and waits for no other; the alternative shares the work on each stream.
+inline bool apart(int64_t streams, int threads) { return streams % threads == 0 || streams >= 4 * threads; }
+
 class Decoder {
  public:
   Decoder(DecodeModel model, int64_t streams, int most_threads);  // the model's pointers must outlive it

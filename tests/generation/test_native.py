@@ -210,7 +210,19 @@ def test_one_thread_or_all_whichever_is_faster_now() -> None:
     assert run(4, team.FIRST) == trial + [1] * rest
     assert run(4, 2 * team.FIRST) == trial + [1] * (rest + team.FIRST)  # tried ever more seldom
     assert run(1, team.FIRST) == trial + [4] * rest  # until it changes
+    assert [team.tried for team in (native.Team(1), native.Team(4, alone=False))] == [None, None]
+    team = native.Team(4, alone=False)
+    assert run(4, 2 * team.FIRST) == [4] * 2 * team.FIRST
     assert native.Team(1).timed(1, lambda threads: threads)[0] == 1
+
+
+def test_trials_are_short_so_that_they_cost_little() -> None:
+    team, lengths = native.Team(2), []
+    for _ in range(team.SHORT + team.FIRST):
+        lengths.append(team.most())
+        team.timed(lengths[-1], lambda threads: threads)
+    trial = [team.TOKENS] * 2 * team.TRIAL
+    assert lengths[team.SHORT :] == trial + [native.MOST_AT_ONCE] * (team.FIRST - len(trial))
 
 
 @pytest.mark.parametrize("engine", ["torch", "fp32", "bf16", "int8", "auto"])
