@@ -2,6 +2,7 @@
 
 import contextlib
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -14,8 +15,9 @@ class Interrupts:
     A second signal while the first one waits stops at once. What the parent wants ignored (`nohup`, a job that a script
     runs in the background) stays ignored. Outside the main thread Python gives no signals.
 
-    What catches everything, as some libraries do while they load, swallows a KeyboardInterrupt too. So `requested` has
-    the name of a signal in any case, and whoever enters another Interrupts below is stopped there.
+    What catches everything, as some libraries do while they load, swallows a KeyboardInterrupt too, and so does Python
+    where a signal meets a callback of its own. So `requested` has the name of a signal in any case, and whoever enters
+    another Interrupts below is stopped there.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -37,9 +39,11 @@ class Interrupts:
             for number, handler in handlers.items():
                 if handler not in (signal.SIG_IGN, None):  # None: C code handles it
                     self._former[number] = signal.signal(number, self._handle)
+        self._unraisable, sys.unraisablehook = sys.unraisablehook, self._ignored
         return self
 
     def __exit__(self, *_: object) -> None:
+        sys.unraisablehook = self._unraisable
         for number, handler in self._former.items():
             signal.signal(number, handler)
 
@@ -50,6 +54,11 @@ class Interrupts:
             yield
         finally:
             self._waiting = False
+
+    def _ignored(self, error: Any) -> None:
+        """Python is about to print what it cannot raise: not a word about a signal that is noted."""
+        if not (self.requested and isinstance(error.exc_value, KeyboardInterrupt)):
+            self._unraisable(error)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name

@@ -147,6 +147,27 @@ def test_a_swallowed_interrupt_stops_where_work_begins() -> None:
         assert signal.getsignal(signal.SIGINT) == outer._handle
 
 
+def test_an_interrupt_that_python_cannot_raise_is_noted_without_a_word(capsys: pytest.CaptureFixture[str]) -> None:
+    class Interrupted:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    class Broken:
+        def __del__(self) -> None:
+            raise ValueError("of another kind")
+
+    former, said = sys.unraisablehook, []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "unraisablehook", said.append)  # pytest's own would keep them for itself
+        with Interrupts() as interrupts:
+            Interrupted()
+            Broken()
+        assert interrupts.requested == "Ctrl-C"
+        assert [type(error.exc_value) for error in said] == [ValueError]
+    assert sys.unraisablehook == former
+    assert capsys.readouterr().err == ""
+
+
 def test_what_fails_after_a_swallowed_interrupt_is_the_interrupt(capsys: pytest.CaptureFixture[str]) -> None:
     def swallowing() -> None:
         with contextlib.suppress(BaseException):
