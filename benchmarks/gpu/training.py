@@ -23,7 +23,7 @@ TORCH = "sdpa"  # the name of the twin
 class TorchAttention(CausalSelfAttention):
     """The same module on scaled_dot_product_attention, for MODEL's learned positions and equal heads."""
 
-    def forward(self, x: Tensor, idx: Tensor, cache: LayerCache | None = None, start: int = 0) -> Tensor:
+    def forward(self, x: Tensor, idx: Tensor, cache: LayerCache | None = None, start: int | Tensor = 0) -> Tensor:
         B, T, C = x.shape
         q, k, v = self.qkv(x).view(B, T, 3, self.n_head, self.head_size).permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
         dropout_p = self.dropout if self.training else 0.0

@@ -10,6 +10,7 @@ import torch
 
 from chargpt.config import SampleConfig
 from chargpt.errors import ChargptError
+from chargpt.generation.graph import reader
 from chargpt.kernels import philox
 from chargpt.models import LanguageModel
 
@@ -101,6 +102,7 @@ def stream_tokens(
     keep = max(1, model.block_size // 2) if config.keep is None else min(config.keep, model.block_size)
     window = unread = idx[:, -model.block_size :]
     cache = model.new_cache()
+    read = reader(model, cache)
     for position in range(config.max_new_tokens):
         if cache.length + unread.size(1) > model.block_size:
             cache.clear()
@@ -111,7 +113,7 @@ def stream_tokens(
             logits = model.logits(model.hidden(unread[:1], cache)[:, -1]).expand(len(idx), -1)
             cache.spread(len(idx))
         else:
-            logits = model.logits(model.hidden(unread, cache)[:, -1])  # (B, V)
+            logits = read(unread)  # (B, V)
         probabilities = next_token_probabilities(
             logits if bias is None else logits + bias, config.temperature, config.top_k, config.top_p, config.min_p
         )  # (B, V)

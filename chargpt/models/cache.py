@@ -7,6 +7,7 @@ the window has lost (Xiao et al. 2023, arXiv 2309.17453, keep it all the same; h
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 
@@ -34,12 +35,29 @@ class LayerCache:
     def extend(self, start: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Keep k and v (B, H_kv, T, D) at positions `start` to start + T; returns all of (B, H_kv, start + T, D)."""
         B, H, T, D = k.shape
-        if self._held is None or self._held[0].shape[0] != B:
-            self._held = k.new_empty(B, H, self.block_size, D), v.new_empty(B, H, self.block_size, D)
+        if self._held is None or self._held[0].shape[0] != B:  # zeros, since `attend_at` reads all of it
+            self._held = k.new_zeros(B, H, self.block_size, D), v.new_zeros(B, H, self.block_size, D)
         for held, new in zip(self._held, (k, v), strict=True):
             held[:, :, start : start + T] = new
         keys, values = self._held
         return keys[:, :, : start + T], values[:, :, : start + T]
+
+    def attend_at(self, position: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Keep k and v (B, H_kv, 1, D) at `position` (1,), and attend there with q (B, H, 1, D): (B, H, 1, D).
+
+        For a CUDA graph, whose kernels do the same work at the same places every time: `position` is a tensor, and what
+        lies behind it is read and weighs nothing.
+        """
+        assert self._held is not None, "what comes first is read with `extend`"
+        keys, values = self._held
+        keys.index_copy_(2, position, k)
+        values.index_copy_(2, position, v)
+        B, H, _, D = q.shape
+        grouped = q.view(B, keys.size(1), -1, D)  # (B, H_kv, H / H_kv, D)
+        scores = grouped @ keys.mT / D**0.5  # (B, H_kv, H / H_kv, block_size)
+        behind = torch.arange(self.block_size, device=q.device) > position
+        y: Tensor = scores.masked_fill(behind, -torch.inf).softmax(-1) @ values
+        return y.view(B, H, 1, D)
 
     def spread(self, rows: int) -> None:
         if self._held is not None:
@@ -54,6 +72,7 @@ class TransformerCache(Cache):
         super().__init__()
         self.layers = [LayerCache(block_size) for _ in range(n_layer)]
         self.last: Tensor | None = None  # (B, 1)
+        self.position: Tensor | None = None  # (1,): where the one token that is read stands, in place of `length`
 
     def clear(self) -> None:
         super().clear()

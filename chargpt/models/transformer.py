@@ -65,6 +65,11 @@ class RotaryPositions(nn.Module):
         return self.cos.float(), self.sin.float()
 
 
+def rows_from(table: torch.Tensor, start: int | torch.Tensor) -> torch.Tensor:
+    """The rows of a table (N, …) from a number on, or the one (1, …) that a tensor (1,) names."""
+    return table[start:] if isinstance(start, int) else table.index_select(0, start)
+
+
 class CausalSelfAttention(nn.Module):
     """Multi-head attention (Vaswani et al. 2017, section 3.2) over the past, with optional grouped kv heads."""
 
@@ -82,11 +87,11 @@ class CausalSelfAttention(nn.Module):
         )
 
     def forward(
-        self, x: torch.Tensor, idx: torch.Tensor, cache: LayerCache | None = None, start: int = 0
-    ) -> torch.Tensor:  # (B, T, C), (B, T); start: the first token's position
+        self, x: torch.Tensor, idx: torch.Tensor, cache: LayerCache | None = None, start: int | torch.Tensor = 0
+    ) -> torch.Tensor:  # (B, T, C), (B, T); start: the first token's position, as a tensor (1,) that of the only one
         B, T, C = x.shape
         rows = None if self.value_embedding is None else self.value_embedding(idx)  # (B, T, H_kv · D)
-        cos, sin = (None, None) if self.rotary is None else (angles[start:] for angles in self.rotary.angles())
+        cos, sin = (None, None) if self.rotary is None else (rows_from(table, start) for table in self.rotary.angles())
         q, k, v = qkv_heads(
             self.qkv(x),
             rows,
@@ -97,9 +102,13 @@ class CausalSelfAttention(nn.Module):
             qk_norm=self.qk_norm,
             impl=self.backend,
         )  # (B, H or H_kv, T, D)
-        if cache is not None:
-            k, v = cache.extend(start, k, v)  # (B, H_kv, S, D)
-        y = causal_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, impl=self.backend)
+        if isinstance(start, torch.Tensor):
+            assert cache is not None
+            y = cache.attend_at(start, q, k, v)
+        else:
+            if cache is not None:
+                k, v = cache.extend(start, k, v)  # (B, H_kv, S, D)
+            y = causal_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, impl=self.backend)
         y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side
         return F.dropout(self.projection(y), self.dropout, self.training)
 
@@ -147,7 +156,7 @@ class Block(nn.Module):
         branch: torch.Tensor | None,
         idx: torch.Tensor,
         cache: LayerCache | None = None,
-        start: int = 0,
+        start: int | torch.Tensor = 0,
     ) -> tuple[torch.Tensor, torch.Tensor]:  # (B, T, C) each; idx (B, T)
         x, h = self.attention_norm(x, branch)
         branch = self.attention(h, idx, cache, start)
@@ -185,21 +194,22 @@ class Transformer(LanguageModel):
     def hidden(self, idx: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
         """What the head reads for each of `idx` (B, T): (B, T, C)."""
         assert cache is None or isinstance(cache, TransformerCache)
-        start, T = 0 if cache is None else cache.length, idx.size(1)
-        if self.block_size < start + T:
-            raise ValueError(f"{start + T} tokens were fed to a model whose block_size is {self.block_size}")
+        T, length = idx.size(1), 0 if cache is None else cache.length
+        if self.block_size < length + T:
+            raise ValueError(f"{length + T} tokens were fed to a model whose block_size is {self.block_size}")
+        start = length if cache is None or cache.position is None else cache.position
         x = self.token_embedding(idx)  # (B, T, C)
         if self.bigram_embedding is not None:
             x = x + self.bigram_embedding(self._bigrams(idx, None if cache is None else cache.last))
         if self.position_embedding is not None:
-            x = x + self.position_embedding.weight[start : start + T]
+            x = x + rows_from(self.position_embedding.weight, start)[:T]
         x = F.dropout(x, self.config.dropout, self.training)
         branch = None
         for i, block in enumerate(self.blocks):
             x, branch = block(x, branch, idx, None if cache is None else cache.layers[i], start)
         _, x = self.norm(x, branch)
-        if cache is not None:
-            cache.length, cache.last = start + T, idx[:, -1:]
+        if cache is not None and cache.position is None:
+            cache.length, cache.last = length + T, idx[:, -1:]
         return x  # type: ignore[no-any-return]
 
     def logits(self, h: torch.Tensor) -> torch.Tensor:

@@ -1,14 +1,17 @@
 """With a cache a model says what it says without one, at every step, whatever its parts."""
 
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
 
 from chargpt.config import BigramConfig, ModelConfig, SampleConfig, TransformerConfig
 from chargpt.generation import generate
+from chargpt.generation.graph import GraphedReader, reader
 from chargpt.generation.sampler import stream_tokens
 from chargpt.models import Ensemble, LanguageModel, build_model
+from chargpt.models.cache import TransformerCache
 
 V, BLOCK_SIZE = 11, 8
 
@@ -135,3 +138,41 @@ def test_a_prompt_that_all_rows_share_is_read_once(config: ModelConfig) -> None:
     assert torch.equal(
         generate(ensemble, prompt.expand(3, -1), BLOCK_SIZE), generate(ensemble, prompt.repeat(3, 1), BLOCK_SIZE)
     )
+
+
+# ------------------------------------------------------------------------------------------------- as a graph would be
+
+
+@pytest.mark.parametrize("config", combinations(), ids=str)
+@torch.no_grad()
+def test_a_token_read_at_a_fixed_place_is_the_same_token(config: TransformerConfig) -> None:
+    """What a CUDA graph would record is called again and again here; it sees only the tensors that it was made with."""
+    model, recorded = random_model(config), 0
+    idx = fed(2 * BLOCK_SIZE)
+
+    def record(step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        nonlocal recorded
+        recorded += 1
+        for _ in range(3):  # as the warm-up does
+            step()
+        return step
+
+    cache = model.new_cache()
+    assert isinstance(cache, TransformerCache)
+    read = GraphedReader(cache, lambda tokens: model.logits(model.hidden(tokens, cache)[:, -1]), record)
+    window = idx[:, :0]
+    for t in range(idx.size(1)):
+        new = idx[:, t : t + 1]
+        if window.size(1) == BLOCK_SIZE:
+            cache.clear()
+            window, new = window[:, :0], torch.cat([window[:, -3:], new], 1)
+        window = torch.cat([window, new], 1)
+        wanted = model.logits(model.hidden(window)[:, -1])
+        torch.testing.assert_close(read(new), wanted, rtol=1e-10, atol=1e-10)
+        assert cache.length == window.size(1)
+    assert recorded == 1
+
+
+def test_only_what_is_on_a_gpu_is_recorded() -> None:
+    model = random_model(combinations()[0])
+    assert not isinstance(reader(model, model.new_cache()), GraphedReader)
