@@ -7,6 +7,7 @@ Run as `make gpu`, or `python3 -m benchmarks.gpu`. The steps, in this order unle
   shapes         this project's attention and cross-entropy against torch's, with and without dropout; ceilings
   step           a training step of the 10.65 M model, eager and compiled, and what it is bound by
   cases          every check
+  generation     tokens a second, eager and as one graph a token
   grid           attention over a grid of shapes
   cross_entropy  cross-entropy over vocabularies
   counters       the hardware's counters of our kernels (ncu)
@@ -71,6 +72,7 @@ STEPS = (
     Step("shapes", "shapes", 55, compiles=True),
     Step("step", "training_step", 120, compiles=True),
     Step("cases", "cases", 150, light=True),
+    Step("generation", "generation", 45),
     Step("grid", "attention", 80, compiles=True),
     Step("cross_entropy", "cross_entropy", 40, compiles=True),
     Step("counters", "counters", 45),

@@ -27,7 +27,7 @@ def file_name(results: Results) -> str:
 
 def markdown(results: Results) -> str:
     sections = (
-        *(machine, steps, goals, smoke, proof, shapes, grid, cross_entropy, training_step, bound, counters),
+        *(machine, steps, goals, smoke, proof, shapes, grid, cross_entropy, training_step, bound, generation, counters),
         time_to_loss,
     )
     written = [section(results) for section in sections]
@@ -248,6 +248,17 @@ def training_step(results: Results) -> list[str]:
         ]
         lines += table([m["case"], "ms", "tokens/s", "times as fast as torch's"], rows)
     return lines + _remarks(results, "step")
+
+
+def generation(results: Results) -> list[str]:
+    lines = ["## Generation, tokens a second of all samples together, behind half a window", ""]
+    measured = _timed(results, "generation")
+    rows = [
+        [m["case"], *(f"{m['tokens_per_second'].get(way, 0):,.0f}" for way in ("eager", "graph")), f"{m['alike']:.1%}"]
+        for m in measured
+    ]
+    lines += table(["model, samples", "eager", "graph", "same tokens"], rows) if rows else []
+    return lines + _remarks(results, "generation")
 
 
 def bound(results: Results) -> list[str]:
