@@ -25,6 +25,7 @@ from torch import nn
 
 from chargpt.checkpoint import load_model, read_description
 from chargpt.config import SampleConfig, TransformerConfig, load_params
+from chargpt.config.presets import PRESETS
 from chargpt.data import find_splits, load_splits
 from chargpt.evaluation import full_loss
 from chargpt.generation import NativeDecoder, stream_tokens
@@ -42,7 +43,8 @@ CACHE_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 2.0}
 
 def main() -> None:
     variants = load_params().variants
-    configs: dict[str, Any] = {name: variants[name].model for name in ("nanogpt-cpu", "modern")} | {"10.65M": LARGE}
+    configs: dict[str, Any] = {name: variants[name].model for name in ("nanogpt-cpu", "modern")}
+    configs |= {"cpu-best": PRESETS["cpu-best"].model, "10.65M": LARGE}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", metavar="RUN", type=Path, nargs="*", help="score these models too")
     parser.add_argument("--models", nargs="*", default=list(configs), choices=list(configs), help="(default: all)")

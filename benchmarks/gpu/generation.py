@@ -1,7 +1,7 @@
 """Generation by the 10.65 M model and GPT-2's smallest shape: tokens per second, eager and as one CUDA graph a token.
 
-Behind half a window as the prompt, for one sample and for 32, drawn at temperature 1, by the host's clock, the recording
-included. Weights are random: they change no amount of work. Both ways draw the same tokens, but for sums in another
+Behind half a window as the prompt, for one sample and for 32, drawn at temperature 1, by the host's clock and with the
+recording. Weights are random: they change no amount of work. Both ways draw the same tokens, but for sums in another
 order.
 """
 
