@@ -92,14 +92,14 @@ def cell(model: LanguageModel, streams: int, precision: Precision, threads: int)
 
 def speed(model: LanguageModel, streams: int, precision: Precision, threads: int) -> float:
     decoder = NativeDecoder(model, streams, precision, threads)
-    config = SampleConfig(max_new_tokens=TOKENS // streams, temperature=1.0)
+    count, config = TOKENS // streams, SampleConfig(temperature=1.0)
 
     def run() -> None:
-        decoder.begin([[0]] * streams)
-        for _ in decoder.generate(config):
+        decoder.begin([[0]] * streams, config)
+        for _ in decoder.generate(count):
             pass
 
-    return config.max_new_tokens * streams / best_of_three(run)
+    return count * streams / best_of_three(run)
 
 
 def best_of_three(function: Callable[[], object]) -> float:

@@ -81,8 +81,8 @@ class Generator:
         key = len(idx), precision
         decoder = self._idle.pop(key, None) or NativeDecoder(self.model, *key)  # one that no other stream uses
         try:
-            decoder.begin(idx.tolist())
-            yield from decoder.generate(config, bias)
+            decoder.begin(idx.tolist(), config, bias)
+            yield from decoder.generate(config.max_new_tokens)
         finally:
             self._idle = {key: decoder}
 

@@ -7,6 +7,7 @@ logits are the model's own but for rounding; in bfloat16 the weights of the matr
 import math
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -43,73 +44,94 @@ def why_not(model: LanguageModel) -> str | None:
 
 
 class NativeDecoder:
-    """`streams` windows of one model, each read once. Takes the weights as they are now.
+    """Streams of one model, each in one of `slots` slots, that come and go. Takes the weights as they are now.
 
-    precision: of the packed weights; everything else is float32
+    What a stream writes depends on nothing but its window and its options: not on what else runs, since when, or on how
+    many threads.
+
+    precision: of the matrices and what they multiply
 
     Raises ChargptError when `why_not` has a reason.
     """
 
     def __init__(
-        self, model: LanguageModel, streams: int, precision: Precision = "fp32", threads: int | None = None
+        self, model: LanguageModel, slots: int, precision: Precision = "fp32", threads: int | None = None
     ) -> None:
         problem, module = why_not(model), native.load().module
         if problem is not None or module is None:
             raise ChargptError(f"this model cannot be decoded in C++: {problem}")
         assert isinstance(model, Transformer)
-        self.block_size = model.block_size
+        self.block_size, self.slots = model.block_size, slots
         self.threads = max(1, torch.get_num_threads() if threads is None else threads)
         with torch.no_grad():
-            self._decoder = module.Decoder(_described(model, precision), streams, self.threads)
+            self._decoder = module.Decoder(_described(model, precision), slots, self.threads)
 
-    def begin(self, windows: list[list[int]]) -> None:
-        """Forget all; stream i begins with the last block_size of `windows[i]`, at least one token each."""
-        self._decoder.begin([window[-self.block_size :] for window in windows])
+    @property
+    def running(self) -> list[int]:
+        """The slots of all streams, in ascending order, which is that of everything below."""
+        return self._decoder.running()  # type: ignore[no-any-return]
 
-    def read(self, keep: int | None = None) -> torch.Tensor:
-        """Logits (streams, V) after all tokens. A window that became too long goes on with its last `keep`."""
-        return self._decoder.read(self._keep(keep), self.threads)  # type: ignore[no-any-return]
+    def join(
+        self, slot: int, window: list[int], config: SampleConfig, sample: int, bias: torch.Tensor | None = None
+    ) -> None:
+        """Begin a stream in a slot, with the last block_size tokens of `window`, as sample number `sample` of `config`.
+
+        bias: (V,), float32, added to its logits
+        """
+        keep = max(1, self.block_size // 2) if config.keep is None else min(config.keep, self.block_size)
+        self._decoder.begin(
+            slot,
+            window[-self.block_size :],
+            config.seed,
+            sample,
+            keep,
+            config.temperature,
+            config.top_k or 0,
+            config.top_p or 1.0,
+            config.min_p or 0.0,
+            bias,
+        )
+
+    def leave(self, slot: int) -> None:
+        self._decoder.end(slot)
+
+    def begin(
+        self, windows: list[list[int]], config: SampleConfig | None = None, bias: torch.Tensor | None = None
+    ) -> None:
+        """Forget all; stream i begins with `windows[i]`, as sample i."""
+        for slot in self.running:
+            self.leave(slot)
+        for i, window in enumerate(windows):
+            self.join(i, window, config or SampleConfig(), i, bias)
+
+    def read(self) -> torch.Tensor:
+        """Logits (streams, V) after all tokens. A window that became too long goes on with its last `config.keep`."""
+        return self._decoder.read(self.threads)  # type: ignore[no-any-return]
 
     def append(self, tokens: list[int]) -> None:
         """One more token for each stream."""
         self._decoder.append(tokens)
 
-    def generate(self, config: SampleConfig, bias: torch.Tensor | None = None) -> Iterator[Drawn]:
-        """Yield `config.max_new_tokens` tokens of each stream, drawn as `stream_tokens` says.
+    def burst(self, count: int, threads: int) -> Drawn:
+        """The next `count` tokens of each stream, drawn as `stream_tokens` says, with the interpreter's lock released.
 
-        The first comes at once, then as many together as take some hundredths of a second, with the interpreter's lock
-        released.
-
-        Raises ChargptError when the logits have no softmax.
+        Raises ChargptError when logits have no softmax.
         """
+        drawn = self._decoder.generate(count, threads, False)
+        if drawn is None:
+            raise ChargptError(BROKEN_LOGITS)
+        return Drawn(*drawn[:2])
+
+    def generate(self, count: int) -> Iterator[Drawn]:
+        """Yield the next `count` tokens of each stream: one at once, then as many together as take BURST_SECONDS."""
         position, burst = 0, 1
         team = Team(self.threads, alone=not self._decoder.apart(self.threads))
-        while position < config.max_new_tokens:
-            burst = min(burst, team.most(), config.max_new_tokens - position)
-
-            def decode(threads: int, burst: int = burst, position: int = position) -> Any:
-                return self._decoder.generate(
-                    burst,
-                    position,
-                    config.seed,
-                    self._keep(config.keep),
-                    config.temperature,
-                    config.top_k or 0,
-                    config.top_p or 1.0,
-                    config.min_p or 0.0,
-                    bias,
-                    threads,
-                )
-
-            drawn, seconds = team.timed(burst, decode)
-            if drawn is None:
-                raise ChargptError(BROKEN_LOGITS)
-            yield Drawn(*drawn)
+        while position < count:
+            burst = min(burst, team.most(), count - position)
+            drawn, seconds = team.timed(burst, partial(self.burst, burst))
+            yield drawn
             position += burst
             burst = max(1, min(2 * burst, int(burst * BURST_SECONDS / max(seconds, 1e-9))))
-
-    def _keep(self, keep: int | None) -> int:
-        return max(1, self.block_size // 2) if keep is None else min(keep, self.block_size)
 
 
 class Team:

@@ -43,7 +43,7 @@ class Fields {
 
 class PyDecoder {
  public:
-  PyDecoder(const py::dict& given, int64_t streams, int threads) {
+  PyDecoder(const py::dict& given, int64_t slots, int threads) {
     const Fields fields(given, &kept_);
     const auto precision = static_cast<cpu::Precision>(fields.get<int>("precision"));
     cpu::DecodeModel model{.precision = precision,
@@ -84,92 +84,108 @@ class PyDecoder {
       model.layers.push_back(std::move(made));
     }
     const py::gil_scoped_release nogil;
-    decoder_ = std::make_unique<cpu::Decoder>(std::move(model), streams, threads);
+    decoder_ = std::make_unique<cpu::Decoder>(std::move(model), slots, threads);
   }
 
-  bool apart(int threads) const { return cpu::apart(decoder_->streams(), threads); }
+  bool apart(int threads) const { return cpu::apart(static_cast<int64_t>(decoder_->running().size()), threads); }
+  std::vector<int64_t> running() const { return decoder_->running(); }
 
-  void begin(std::vector<std::vector<int32_t>> windows) {
+  void begin(int64_t slot, std::vector<int32_t> window, uint64_t seed, uint32_t sample, int64_t keep,
+             double temperature, int64_t top_k, double top_p, double min_p, const std::optional<Tensor>& bias) {
     const auto& model = decoder_->model();
-    if (static_cast<int64_t>(windows.size()) != decoder_->streams()) throw py::value_error("one window for each stream");
-    for (const auto& window : windows) {
-      const int64_t size = static_cast<int64_t>(window.size());
-      if (size < 1 || size > model.block_size) throw py::value_error("a window has 1 to block_size tokens");
-      for (int32_t token : window) check(token);
+    check_slot(slot);
+    const int64_t size = static_cast<int64_t>(window.size());
+    if (size < 1 || size > model.block_size) throw py::value_error("a window has 1 to block_size tokens");
+    for (int32_t token : window) check(token);
+    if (keep < 1 || keep > model.block_size) throw py::value_error("keep is 1 to block_size tokens");
+    if (bias && !(bias->is_cpu() && bias->is_contiguous() && bias->scalar_type() == at::kFloat &&
+                  bias->numel() == model.V)) {
+      throw py::value_error("bias is a contiguous float32 tensor (V) on the CPU");
     }
-    decoder_->begin(std::move(windows));
-    ready_ = true;
+    cpu::StreamOptions options{
+        .draw = {.temperature = temperature, .top_k = top_k, .top_p = top_p, .min_p = min_p},
+        .bias = {},
+        .seed = seed,
+        .sample = sample,
+        .keep = keep,
+    };
+    if (bias) options.bias.assign(bias->const_data_ptr<float>(), bias->const_data_ptr<float>() + model.V);
+    decoder_->begin(slot, std::move(window), std::move(options));
   }
 
-  Tensor read(int64_t keep, int threads) {
-    check_state(keep, threads);
-    const int64_t V = decoder_->model().V, streams = decoder_->streams();
+  void end(int64_t slot) {
+    check_slot(slot);
+    decoder_->end(slot);
+  }
+
+  Tensor read(int threads) {
+    check_state(threads);
+    const int64_t V = decoder_->model().V, streams = static_cast<int64_t>(decoder_->running().size());
     const Tensor logits = at::empty({streams, V}, at::TensorOptions().dtype(at::kFloat));
     const py::gil_scoped_release nogil;
-    decoder_->read(keep, threads);
+    decoder_->read(threads);
     for (int64_t i = 0; i < streams; ++i) {
       std::copy_n(decoder_->logits() + i * cpu::padded(V), V, logits.data_ptr<float>() + i * V);
     }
-    ready_ = false;
     return logits;
   }
 
   void append(const std::vector<int32_t>& tokens) {
-    if (static_cast<int64_t>(tokens.size()) != decoder_->streams()) throw py::value_error("one token for each stream");
+    if (tokens.size() != decoder_->running().size()) throw py::value_error("one token for each stream");
     for (int32_t token : tokens) check(token);
-    for (size_t i = 0; i < tokens.size(); ++i) decoder_->append(static_cast<int64_t>(i), tokens[i]);
-    ready_ = true;
+    for (size_t i = 0; i < tokens.size(); ++i) decoder_->append(decoder_->running()[i], tokens[i]);
   }
 
-  std::optional<std::pair<Tensor, Tensor>> generate(int64_t count, int64_t position, uint64_t seed, int64_t keep,
-                                                    double temperature, int64_t top_k, double top_p, double min_p,
-                                                    const std::optional<Tensor>& bias, int threads) {
-    check_state(keep, threads);
-    if (bias && !(bias->is_cpu() && bias->is_contiguous() && bias->scalar_type() == at::kFloat &&
-                  bias->numel() == decoder_->model().V)) {
-      throw py::value_error("bias is a contiguous float32 tensor (V) on the CPU");
+  std::optional<std::tuple<Tensor, Tensor, std::optional<Tensor>>> generate(int64_t count, int threads, bool with_logits) {
+    check_state(threads);
+    if (count < 0) throw py::value_error("count is at least 0");
+    const int64_t V = decoder_->model().V, streams = static_cast<int64_t>(decoder_->running().size());
+    const Tensor out = at::empty({count, streams}, at::TensorOptions().dtype(at::kLong));
+    const Tensor logprobs = at::empty({count, streams}, at::TensorOptions().dtype(at::kFloat));
+    std::optional<Tensor> logits;
+    if (with_logits) logits = at::empty({count, streams, V}, at::TensorOptions().dtype(at::kFloat));
+    {
+      const py::gil_scoped_release nogil;
+      if (!decoder_->generate(count, threads, out.data_ptr<int64_t>(), logprobs.data_ptr<float>(),
+                              logits ? logits->data_ptr<float>() : nullptr)) {
+        return std::nullopt;
+      }
     }
-    const Tensor out = at::empty({count, decoder_->streams()}, at::TensorOptions().dtype(at::kLong));
-    const Tensor logprobs = at::empty({count, decoder_->streams()}, at::TensorOptions().dtype(at::kFloat));
-    const py::gil_scoped_release nogil;
-    const cpu::DrawOptions options{.temperature = temperature,
-                                   .top_k = top_k,
-                                   .top_p = top_p,
-                                   .min_p = min_p,
-                                   .bias = bias ? bias->const_data_ptr<float>() : nullptr};
-    if (!decoder_->generate(count, position, seed, keep, options, threads, out.data_ptr<int64_t>(),
-                            logprobs.data_ptr<float>())) {
-      return std::nullopt;
-    }
-    return std::pair(out, logprobs);
+    return std::tuple(out, logprobs, logits);
   }
 
  private:
   void check(int32_t token) const {
     if (token < 0 || token >= decoder_->model().V) throw py::value_error("a token outside the vocabulary");
   }
-  void check_state(int64_t keep, int threads) const {
+  void check_slot(int64_t slot) const {
+    if (slot < 0 || slot >= decoder_->slots()) throw py::value_error("a slot that is not there");
+  }
+  void check_state(int threads) const {
     if (threads < 1 || threads > decoder_->most_threads()) throw py::value_error("more threads than it was made for");
-    if (!ready_) throw py::value_error("nothing to read: begin or append first");
-    if (keep < 1 || keep > decoder_->model().block_size) throw py::value_error("keep is 1 to block_size tokens");
+    if (decoder_->running().empty()) throw py::value_error("no stream runs: begin one first");
+    for (int64_t slot : decoder_->running()) {
+      if (!decoder_->has_unread(slot)) throw py::value_error("nothing to read: append first");
+    }
   }
 
   std::vector<Tensor> kept_;
   std::unique_ptr<cpu::Decoder> decoder_;
-  bool ready_ = false;  // every stream has a token that was not read
 };
 
 }  // namespace
 
 void define_decode(py::module_& m) {
   py::class_<PyDecoder>(m, "Decoder", "A Transformer that reads and writes token by token; see chargpt/generation/native.py.")
-      .def(py::init<const py::dict&, int64_t, int>(), py::arg("model"), py::arg("streams"), py::arg("most_threads"))
+      .def(py::init<const py::dict&, int64_t, int>(), py::arg("model"), py::arg("slots"), py::arg("most_threads"))
       .def("apart", &PyDecoder::apart, py::arg("threads"))
-      .def("begin", &PyDecoder::begin, py::arg("windows"))
-      .def("read", &PyDecoder::read, py::arg("keep"), py::arg("threads"))
+      .def("running", &PyDecoder::running)
+      .def("begin", &PyDecoder::begin, py::arg("slot"), py::arg("window"), py::arg("seed"), py::arg("sample"),
+           py::arg("keep"), py::arg("temperature"), py::arg("top_k"), py::arg("top_p"), py::arg("min_p"), py::arg("bias"))
+      .def("end", &PyDecoder::end, py::arg("slot"))
+      .def("read", &PyDecoder::read, py::arg("threads"))
       .def("append", &PyDecoder::append, py::arg("tokens"))
-      .def("generate", &PyDecoder::generate, py::arg("count"), py::arg("position"), py::arg("seed"), py::arg("keep"),
-           py::arg("temperature"), py::arg("top_k"), py::arg("top_p"), py::arg("min_p"), py::arg("bias"), py::arg("threads"));
+      .def("generate", &PyDecoder::generate, py::arg("count"), py::arg("threads"), py::arg("with_logits"));
 }
 
 }  // namespace chargpt::bindings

@@ -1,4 +1,5 @@
-// A decoder's state: what its streams hold, and the threads that run its passes. decode_kernel.h has the arithmetic.
+// A decoder's state: what its streams hold, and the threads that run its passes. decode_kernel.h has the arithmetic,
+// decode_draw.h the drawing.
 
 #include "decode.h"
 
@@ -11,8 +12,8 @@
 #include <thread>
 #include <utility>
 
-#include "../common/philox.h"
 #include "block.h"  // kRmsEps
+#include "decode_draw.h"
 #include "simd/isa.h"
 
 namespace chargpt::cpu {
@@ -171,75 +172,6 @@ Linear::Linear(const float* from, const float* b, int64_t N, int64_t K, Precisio
   if (b != nullptr) std::copy(b, b + N, bias.begin());
 }
 
-// -------------------------------------------------------------------------------------------------------------- drawing
-
-double uniform_number(uint64_t seed, uint32_t sample, uint32_t position) {
-  uint32_t c0 = position, c1 = sample, c2 = 0, c3 = 1;
-  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
-  for (int round = 0; round < kPhiloxRounds; ++round) {
-    const uint64_t p0 = uint64_t{kPhiloxFactor0} * c0, p1 = uint64_t{kPhiloxFactor1} * c2;
-    c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0;
-    c1 = static_cast<uint32_t>(p1);
-    c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ k1;
-    c3 = static_cast<uint32_t>(p0);
-    k0 += kPhiloxKeyStep0;
-    k1 += kPhiloxKeyStep1;
-  }
-  return static_cast<double>((uint64_t{c0} << 21) + (c1 >> 11)) * 0x1p-53;
-}
-
-int64_t draw_token(const float* logits, int64_t V, const DrawOptions& options, double uniform) {
-  if (options.bias != nullptr) {
-    thread_local std::vector<float> biased;
-    biased.resize(V);
-    for (int64_t i = 0; i < V; ++i) biased[i] = logits[i] + options.bias[i];
-    logits = biased.data();
-  }
-  float top = logits[0];
-  int64_t likeliest = 0;
-  for (int64_t i = 0; i < V; ++i) {
-    if (!(logits[i] <= top)) top = logits[i], likeliest = i;  // a NaN too
-    if (top != top) return -1;
-  }
-  if (std::isinf(top)) return -1;
-  if (options.temperature == 0) return likeliest;
-  thread_local std::vector<double> p;
-  p.resize(V);
-  double total = 0;
-  for (int64_t i = 0; i < V; ++i) {
-    total += p[i] = std::exp((static_cast<double>(logits[i]) - static_cast<double>(top)) / options.temperature);
-  }
-  for (double& x : p) x /= total;
-  if (options.top_k > 0 || options.top_p < 1) {
-    thread_local std::vector<int64_t> order;
-    order.resize(V);
-    for (int64_t i = 0; i < V; ++i) order[i] = i;
-    std::stable_sort(order.begin(), order.end(), [](int64_t a, int64_t b) { return p[a] > p[b]; });
-    const int64_t kept = options.top_k > 0 ? std::min(options.top_k, V) : V;
-    double sum = 0, before = 0;
-    for (int64_t i = 0; i < kept; ++i) sum += p[order[i]];
-    for (int64_t i = 0; i < V; ++i) {
-      const double here = p[order[i]];
-      if (i >= kept || (options.top_p < 1 && before >= options.top_p * sum)) p[order[i]] = 0;
-      before += here;
-    }
-  }
-  const double least = options.min_p * *std::max_element(p.begin(), p.end());
-  total = 0;
-  for (double& x : p) total += x = x < least ? 0 : x;
-  double reached = 0;
-  for (double& x : p) reached += x = static_cast<float>(x / total);
-  const double wanted = uniform * reached;
-  int64_t last = 0;
-  reached = 0;
-  for (int64_t i = 0; i < V; ++i) {
-    if (p[i] == 0) continue;
-    last = i;
-    if ((reached += p[i]) > wanted) break;
-  }
-  return last;
-}
-
 // -------------------------------------------------------------------------------------------------------------- streams
 
 // What the threads that go through passes together need: some of the streams, and memory.
@@ -249,8 +181,9 @@ struct Crew {
   Aligned<int32_t> offset;
   std::vector<Reading> readings;
   DecodePass pass;
-  int64_t begin = 0, end = 0;  // streams
-  bool alike = false;          // their windows, so that one is read for all
+  int64_t begin = 0, end = 0;    // of the running streams
+  std::vector<int64_t> first_of;  // for each of them the one that reads the same window for it, or itself
+  std::vector<char> from_nothing;  // whether it has read nothing yet
 
   Crew(const DecodeModel& model, int threads, Aligned<uint32_t>& cache) {
     const int64_t D = model.D, slots = padded(model.block_size), stride = padded(model.C);
@@ -299,72 +232,94 @@ struct Crew {
   }
 };
 
+struct Stream {
+  std::vector<int32_t> window;  // what it sees, and tokens that it has not read yet
+  int64_t cached = 0;           // how many of them it has read
+  StreamOptions options;
+  uint32_t position = 0;  // of the next draw
+};
+
 struct Decoder::State {
   const DecodeModel model;
-  const int64_t streams;
   const int most_threads;
-  std::vector<std::vector<int32_t>> windows;  // what each stream sees, and tokens that it has not read yet
-  std::vector<int64_t> cached;                // how many of them it has read
-  bool alike = false;                         // all windows, and nothing of them was read
-  Aligned<float> logits, lse;
+  std::vector<Stream> streams;   // of each slot
+  std::vector<int64_t> running;  // slots
+  Aligned<float> logits, lse;    // of the running ones
   Aligned<uint32_t> cache;
   std::vector<Crew> crews;
 
-  State(DecodeModel given, int64_t streams, int most_threads)
-      : model(std::move(given)), streams(streams), most_threads(most_threads), windows(streams), cached(streams) {
-    logits.resize(streams * padded(model.V));
-    lse.resize(streams);
-    cache.resize(streams * static_cast<int64_t>(model.layers.size()) * model.H_kv * Crew::head_words(model));
-    const int64_t count = std::min<int64_t>(streams, most_threads);
+  State(DecodeModel given, int64_t slots, int most_threads)
+      : model(std::move(given)), most_threads(most_threads), streams(slots) {
+    logits.resize(slots * padded(model.V));
+    lse.resize(slots);
+    cache.resize(slots * static_cast<int64_t>(model.layers.size()) * model.H_kv * Crew::head_words(model));
+    const int64_t count = std::min<int64_t>(slots, most_threads);
     crews.reserve(count);
     for (int64_t i = 0; i < count; ++i) crews.emplace_back(model, i == 0 ? most_threads : 1, cache);
   }
 
-  void collect(Crew& crew, int64_t keep);
+  Stream& stream(int64_t i) { return streams[running[i]]; }
+  void collect(Crew& crew);
   template <class Run>
-  void read(Crew& crew, int64_t keep, const Run& run);
+  void read(Crew& crew, const Run& run);
   template <class Step>
   bool together(int threads, Step step);
 };
 
-// What none of the crew's streams has read yet, stream after stream.
-void Decoder::State::collect(Crew& crew, int64_t keep) {
+// What none of the crew's streams has read yet, stream after stream. Where two have read nothing of the same window, one
+// reads it.
+void Decoder::State::collect(Crew& crew) {
   crew.readings.clear();
+  crew.first_of.clear();
+  crew.from_nothing.clear();
   for (int64_t i = crew.begin; i < crew.end; ++i) {
-    std::vector<int32_t>& window = windows[i];
-    if (static_cast<int64_t>(window.size()) > model.block_size) {
-      window.erase(window.begin(), window.end() - keep);
-      cached[i] = 0;
+    Stream& here = stream(i);
+    if (static_cast<int64_t>(here.window.size()) > model.block_size) {
+      here.window.erase(here.window.begin(), here.window.end() - here.options.keep);
+      here.cached = 0;
     }
-    const int64_t size = static_cast<int64_t>(window.size());
-    for (int64_t t = cached[i]; t < size; ++t) {
-      crew.readings.push_back({i, t, window[t], window[t == 0 ? 0 : t - 1], t == size - 1});
+    int64_t first = i;
+    for (int64_t j = crew.begin; here.cached == 0 && j < i && first == i; ++j) {
+      const bool reads = crew.first_of[j - crew.begin] == j && crew.from_nothing[j - crew.begin];
+      if (reads && stream(j).window == here.window) first = j;
     }
-    cached[i] = size;
-    if (crew.alike) break;
+    crew.first_of.push_back(first);
+    crew.from_nothing.push_back(here.cached == 0);
+    const int64_t size = static_cast<int64_t>(here.window.size());
+    for (int64_t t = here.cached; t < size && first == i; ++t) {
+      crew.readings.push_back({running[i], t, here.window[t], here.window[t == 0 ? 0 : t - 1], t == size - 1});
+    }
+    here.cached = size;
   }
 }
 
 template <class Run>
-void Decoder::State::read(Crew& crew, int64_t keep, const Run& run) {
-  collect(crew, keep);
+void Decoder::State::read(Crew& crew, const Run& run) {
+  collect(crew);
   run();
-  if (!crew.alike) return;
-  crew.alike = false;
+  // The rows of those that read stand at the crew's first places; from the last on, each goes to its own.
+  const int64_t width = padded(model.V);
+  int64_t row = crew.begin;
+  for (int64_t i = crew.begin; i < crew.end; ++i) row += crew.first_of[i - crew.begin] == i;
+  for (int64_t i = crew.end - 1; i >= crew.begin; --i) {
+    if (crew.first_of[i - crew.begin] != i || --row == i) continue;
+    std::copy_n(logits.data() + row * width, width, logits.data() + i * width);
+    lse[i] = lse[row];
+  }
   const DecodePass& pass = crew.pass;
-  const int64_t first = crew.begin, T = cached[first], width = padded(model.V);
-  const int64_t keys = padded(T) * (pass.key_words / padded(model.block_size));
-  const int64_t values = (model.precision == Precision::kFloat ? T : (T + 1) / 2) * padded(model.D);
-  for (int64_t i = first + 1; i < crew.end; ++i) {
+  for (int64_t i = crew.begin; i < crew.end; ++i) {
+    const int64_t first = crew.first_of[i - crew.begin], T = stream(i).cached;
+    if (first == i) continue;
+    const int64_t keys = padded(T) * (pass.key_words / padded(model.block_size));
+    const int64_t values = (model.precision == Precision::kFloat ? T : (T + 1) / 2) * padded(model.D);
     for (int64_t layer = 0; layer < pass.layers; ++layer) {
       for (int64_t head = 0; head < pass.heads; ++head) {
-        std::copy_n(pass.keys(first, layer, head), keys, pass.keys(i, layer, head));
-        std::copy_n(pass.values(first, layer, head), values, pass.values(i, layer, head));
+        std::copy_n(pass.keys(running[first], layer, head), keys, pass.keys(running[i], layer, head));
+        std::copy_n(pass.values(running[first], layer, head), values, pass.values(running[i], layer, head));
       }
     }
     std::copy_n(logits.data() + first * width, width, logits.data() + i * width);
     lse[i] = lse[first];
-    cached[i] = T;
   }
 }
 
@@ -373,6 +328,7 @@ void Decoder::State::read(Crew& crew, int64_t keep, const Run& run) {
 // threads live as long as that, and no longer. Whether all steps were true.
 template <class Step>
 bool Decoder::State::together(int threads, Step step) {
+  const int64_t streams = static_cast<int64_t>(running.size());
   const int count = apart(streams, threads) ? threads : 1, each = threads / count;
   const auto run_pass = kernels().run_pass;
   std::vector<std::exception_ptr> problems(count);
@@ -384,7 +340,6 @@ bool Decoder::State::together(int threads, Step step) {
     Crew& crew = crews[number];
     crew.begin = streams * number / count;
     crew.end = streams * (number + 1) / count;
-    crew.alike = alike;
     try {
       const bool result = step(crew, [&] {
         int64_t finished = crew.begin;
@@ -432,53 +387,63 @@ bool Decoder::State::together(int threads, Step step) {
   start = 1;
   lead(0);
   join();
-  alike = false;
   for (const std::exception_ptr& problem : problems) {
     if (problem) std::rethrow_exception(problem);
   }
   return all;
 }
 
-Decoder::Decoder(DecodeModel model, int64_t streams, int most_threads)
-    : state_(std::make_unique<State>(std::move(model), streams, most_threads)) {}
+Decoder::Decoder(DecodeModel model, int64_t slots, int most_threads)
+    : state_(std::make_unique<State>(std::move(model), slots, most_threads)) {}
 Decoder::~Decoder() = default;
 
-int64_t Decoder::streams() const { return state_->streams; }
+int64_t Decoder::slots() const { return static_cast<int64_t>(state_->streams.size()); }
 int Decoder::most_threads() const { return state_->most_threads; }
 const DecodeModel& Decoder::model() const { return state_->model; }
+const std::vector<int64_t>& Decoder::running() const { return state_->running; }
 
-void Decoder::begin(std::vector<std::vector<int32_t>> windows) {
-  state_->windows = std::move(windows);
-  std::fill(state_->cached.begin(), state_->cached.end(), 0);
-  const auto& first = state_->windows[0];
-  state_->alike = std::all_of(state_->windows.begin(), state_->windows.end(),
-                              [&first](const auto& window) { return window == first; });
+bool Decoder::has_unread(int64_t slot) const {
+  const Stream& stream = state_->streams[slot];
+  return stream.cached < static_cast<int64_t>(stream.window.size());
 }
 
-void Decoder::read(int64_t keep, int threads) {
-  state_->together(threads, [this, keep](Crew& crew, const auto& run) {
-    state_->read(crew, keep, run);
+void Decoder::begin(int64_t slot, std::vector<int32_t> window, StreamOptions options) {
+  end(slot);
+  state_->streams[slot] = {.window = std::move(window), .options = std::move(options)};
+  auto& running = state_->running;
+  running.insert(std::lower_bound(running.begin(), running.end(), slot), slot);
+}
+
+void Decoder::end(int64_t slot) { std::erase(state_->running, slot); }
+
+void Decoder::read(int threads) {
+  state_->together(threads, [this](Crew& crew, const auto& run) {
+    state_->read(crew, run);
     return true;
   });
 }
 
 const float* Decoder::logits() const { return state_->logits.data(); }
 
-void Decoder::append(int64_t stream, int32_t token) { state_->windows[stream].push_back(token); }
+void Decoder::append(int64_t slot, int32_t token) { state_->streams[slot].window.push_back(token); }
 
-bool Decoder::generate(int64_t count, int64_t position, uint64_t seed, int64_t keep, const DrawOptions& options,
-                       int threads, int64_t* out, float* logprobs) {
+bool Decoder::generate(int64_t count, int threads, int64_t* out, float* logprobs, float* all) {
+  const int64_t V = state_->model.V, streams = static_cast<int64_t>(state_->running.size());
   return state_->together(threads, [=, this](Crew& crew, const auto& run) {
     for (int64_t n = 0; n < count; ++n) {
-      state_->read(crew, keep, run);
+      state_->read(crew, run);
       for (int64_t i = crew.begin; i < crew.end; ++i) {
-        const double uniform = uniform_number(seed, static_cast<uint32_t>(i), static_cast<uint32_t>(position + n));
-        const float* logits = state_->logits.data() + i * padded(state_->model.V);
-        const int64_t token = draw_token(logits, state_->model.V, options, uniform);
+        Stream& stream = state_->stream(i);
+        const float* logits = state_->logits.data() + i * padded(V);
+        if (all != nullptr) std::copy_n(logits, V, all + (n * streams + i) * V);
+        DrawOptions draw = stream.options.draw;
+        draw.bias = stream.options.bias.empty() ? nullptr : stream.options.bias.data();
+        const double uniform = uniform_number(stream.options.seed, stream.options.sample, stream.position++);
+        const int64_t token = draw_token(logits, V, draw, uniform);
         if (token < 0) return false;
-        out[n * state_->streams + i] = token;
-        logprobs[n * state_->streams + i] = logits[token] - state_->lse[i];
-        append(i, static_cast<int32_t>(token));
+        out[n * streams + i] = token;
+        logprobs[n * streams + i] = logits[token] - state_->lse[i];
+        stream.window.push_back(static_cast<int32_t>(token));
       }
     }
     return true;

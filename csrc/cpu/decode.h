@@ -94,39 +94,43 @@ struct DrawOptions {
   const float* bias = nullptr;  // (V) added to the logits first
 };
 
-// The token that a number in [0, 1) chooses from logits (V), as chargpt/generation/sampler.py does; -1 if they have no
-// softmax. 0 as temperature takes the likeliest.
-int64_t draw_token(const float* logits, int64_t V, const DrawOptions& options, double uniform);
-
-// The number in [0, 1) of sample and position: Philox with the counter (position, sample, 0, 1).
-double uniform_number(uint64_t seed, uint32_t sample, uint32_t position);
-
-// Whether each thread takes streams of its own and waits for no other; the alternative shares the work on each stream.
+// Whether each thread takes streams of its own and waits for no other; the alternative shares the work on each one.
 inline bool apart(int64_t streams, int threads) { return streams % threads == 0 || streams >= 4 * threads; }
 
+// How a stream goes on. `sample` and the number of its draws so far choose the random numbers.
+struct StreamOptions {
+  DrawOptions draw;         // its bias is not used, but
+  std::vector<float> bias;  // (V), or empty
+  uint64_t seed = 0;
+  uint32_t sample = 0;
+  int64_t keep = 1;  // tokens of a full window with which it goes on, from position 0: 1 to block_size
+};
+
+// Streams come and go, each in a slot of its own.
 class Decoder {
  public:
-  Decoder(DecodeModel model, int64_t streams, int most_threads);  // the model's pointers must outlive it
+  Decoder(DecodeModel model, int64_t slots, int most_threads);  // the model's pointers must outlive it
   ~Decoder();
 
-  int64_t streams() const;
+  int64_t slots() const;
   int most_threads() const;
   const DecodeModel& model() const;
+  const std::vector<int64_t>& running() const;  // the slots of all streams, in ascending order
+  bool has_unread(int64_t slot) const;
 
-  // Forget all, and begin stream i with `windows[i]`: at least one token each, at most block_size.
-  void begin(std::vector<std::vector<int32_t>> windows);
+  // Begin a stream with a window of 1 to block_size tokens, in place of what ran in the slot.
+  void begin(int64_t slot, std::vector<int32_t> window, StreamOptions options);
+  void end(int64_t slot);
 
-  // Read what no stream has read yet. Where a window is longer than block_size, its stream goes on with the last `keep`
-  // tokens of it (1 to block_size), from position 0. Afterwards logits() is (streams, padded(V)).
-  void read(int64_t keep, int threads);
+  // Read what no stream has read yet. Afterwards logits() is (running, padded(V)).
+  void read(int threads);
   const float* logits() const;
 
-  void append(int64_t stream, int32_t token);
+  void append(int64_t slot, int32_t token);
 
-  // `count` times: read, draw, append. out: (count, streams), and logprobs, those of the tokens by the logits alone. The
-  // first draw has the number of `position`. False if logits had no softmax.
-  bool generate(int64_t count, int64_t position, uint64_t seed, int64_t keep, const DrawOptions& options, int threads,
-                int64_t* out, float* logprobs);
+  // `count` times: read, draw, append. out: (count, running); logprobs: those of the tokens by the logits alone; all:
+  // nullptr, or room for the logits (count, running, V). False if logits had no softmax.
+  bool generate(int64_t count, int threads, int64_t* out, float* logprobs, float* all);
 
  private:
   struct State;

@@ -3,6 +3,7 @@
 // every code path, under ThreadSanitizer too. That the logits are right is for tests/generation/test_native.py.
 
 #include "../cpu/decode.h"
+#include "../cpu/decode_draw.h"
 
 #include <algorithm>
 #include <cmath>
@@ -101,41 +102,60 @@ void check(const Shape& shape) {
   };
   const std::vector<std::vector<int32_t>> windows{window(shape.block_size, shape.V), window(1, shape.V),
                                                   window(shape.block_size / 2, shape.V)};
+  const float* bias = tables.draw(shape.V);
+  const auto options = [&](uint32_t sample, int64_t keep) {
+    return StreamOptions{.draw = {.temperature = 0.9, .top_k = 5, .top_p = 0.95, .min_p = 0.01},
+                         .bias = {bias, bias + shape.V},
+                         .seed = 7,
+                         .sample = sample,
+                         .keep = std::min(keep, shape.block_size)};
+  };
   std::vector<std::vector<float>> alone;
-  for (const auto& tokens : windows) {
+  std::vector<std::vector<int64_t>> drawn;  // by each, alone
+  for (uint32_t i = 0; i < 3; ++i) {
+    const auto& tokens = windows[i];
     Decoder decoder(model(), 1, 1);
-    decoder.begin({{tokens[0]}});
-    for (size_t i = 1; i < tokens.size(); ++i) {
-      decoder.read(1, 1);
-      decoder.append(0, tokens[i]);
+    decoder.begin(0, {tokens[0]}, options(i, 1));
+    for (size_t t = 1; t < tokens.size(); ++t) {
+      decoder.read(1);
+      decoder.append(0, tokens[t]);
     }
-    decoder.read(1, 1);
+    decoder.read(1);
     alone.push_back(logits_of(decoder, 0, shape.V));
     for (float x : alone.back()) failures += !std::isfinite(x);
+    decoder.begin(0, tokens, options(i, 3));
+    std::vector<float> logprobs(20);
+    failures += !decoder.generate(20, 1, drawn.emplace_back(20).data(), logprobs.data(), nullptr);
+    for (float x : logprobs) failures += !(x < 1e-5f && std::isfinite(x));
   }
-  const float* bias = tables.draw(shape.V);
-  const DrawOptions options{.temperature = 0.9, .top_k = 5, .top_p = 0.95, .min_p = 0.01, .bias = bias};
-  std::vector<int64_t> first(20 * 3), again(20 * 3);
   for (int threads : {1, 2, 3}) {
-    Decoder decoder(model(), 3, threads);
-    decoder.begin(windows);
-    decoder.read(1, threads);
+    Decoder decoder(model(), 4, threads);
+    for (uint32_t i = 0; i < 3; ++i) decoder.begin(i + 1, windows[i], options(i, 1));
+    decoder.read(threads);
     for (int64_t i = 0; i < 3; ++i) {
-      const auto got = logits_of(decoder, i, shape.V);
-      if (std::memcmp(got.data(), alone[i].data(), sizeof(float) * got.size()) != 0 && ++failures <= 10) {
+      if (logits_of(decoder, i, shape.V) != alone[i] && ++failures <= 10) {
         std::printf("C %ld, %d threads: stream %ld differs\n", static_cast<long>(shape.C), threads, static_cast<long>(i));
       }
     }
-    decoder.begin(windows);
-    auto& out = threads == 1 ? first : again;
-    std::vector<float> logprobs(20 * 3);
-    failures += !decoder.generate(20, 0, 7, std::min<int64_t>(3, shape.block_size), options, threads, out.data(),
-                                  logprobs.data());
-    for (float x : logprobs) failures += !(x < 1e-5f && std::isfinite(x));
-    decoder.begin({windows[0], windows[0], windows[0]});  // read once for all
-    decoder.read(1, threads);
-    for (int64_t i = 0; i < 3; ++i) failures += logits_of(decoder, i, shape.V) != alone[0];
-    if (threads > 1 && first != again) ++failures;
+    for (uint32_t i = 0; i < 4; ++i) decoder.begin(i, windows[0], options(0, 1));  // read once for all
+    decoder.read(threads);
+    for (int64_t i = 0; i < 4; ++i) failures += logits_of(decoder, i, shape.V) != alone[0];
+    for (uint32_t i = 0; i < 4; ++i) decoder.end(i);
+
+    // The second joins five draws after the first, the third ten, and each leaves after twenty of its own.
+    std::vector<std::vector<int64_t>> got(3);
+    for (int64_t step = 0; step < 30; step += 5) {
+      for (uint32_t i = 0; i < 3; ++i) {
+        if (step == 5 * i) decoder.begin(3 - i, windows[i], options(i, 3));
+        if (step == 5 * i + 20) decoder.end(3 - i);
+      }
+      const size_t running = decoder.running().size();
+      std::vector<int64_t> out(5 * running);
+      std::vector<float> logprobs(5 * running), all(5 * running * shape.V);
+      failures += !decoder.generate(5, threads, out.data(), logprobs.data(), all.data());
+      for (size_t n = 0; n < 5 * running; ++n) got[3 - decoder.running()[n % running]].push_back(out[n]);
+    }
+    failures += got != drawn;
   }
 }
 

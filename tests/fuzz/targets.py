@@ -496,10 +496,19 @@ class Decoder:
         precision = rng.choice(get_args(Precision))
         decoder = NativeDecoder(model, streams, precision, rng.choice([1, 1, 1, 2, 3]))
         alone = NativeDecoder(model, 1, precision, 1)
-        decoder.begin(held)
+        config = SampleConfig(
+            temperature=rng.choice([0.0, 1e-9, 0.8, 50.0]),
+            top_k=rng.choice([None, 1, 3]),
+            top_p=rng.choice([None, 0.5, 1.0]),
+            min_p=rng.choice([None, 0.3]),
+            keep=keep,
+            seed=seed,
+        )
+        bias = torch.where(torch.arange(vocabulary) % 3 == 0, 0.0, -torch.inf) if rng.random() < 0.5 else None
+        decoder.begin(held, config, bias)
         exact = copy.deepcopy(model).double()
         for _ in range(rng.randint(1, 6)):
-            got = decoder.read(keep)
+            got = decoder.read()
             if precision == "fp32":
                 wanted = torch.stack([exact.logits(exact.hidden(torch.tensor([window]))[0, -1]) for window in held])
                 torch.testing.assert_close(got.double(), wanted, rtol=1e-4, atol=1e-4)
@@ -513,17 +522,7 @@ class Decoder:
                 if len(window) > size:
                     del window[:-kept]
         count = rng.randint(0, 20)
-        config = SampleConfig(
-            max_new_tokens=count,
-            temperature=rng.choice([0.0, 1e-9, 0.8, 50.0]),
-            top_k=rng.choice([None, 1, 3]),
-            top_p=rng.choice([None, 0.5, 1.0]),
-            min_p=rng.choice([None, 0.3]),
-            keep=keep,
-            seed=seed,
-        )
-        bias = torch.where(torch.arange(vocabulary) % 3 == 0, 0.0, -torch.inf) if rng.random() < 0.5 else None
-        drawn = list(decoder.generate(config, bias))
+        drawn = list(decoder.generate(count))
         tokens = [token for burst in drawn for token in burst.tokens.flatten().tolist()]
         assert len(tokens) == count * streams
         assert all(0 <= token < vocabulary and (bias is None or token % 3 == 0) for token in tokens)

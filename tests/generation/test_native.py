@@ -70,9 +70,9 @@ def test_the_logits_are_those_of_the_held_window_at_every_step(name: str, keep: 
     kept = size // 2 if keep is None else min(keep, size)
     held = windows([1, size // 2, size])
     decoder = NativeDecoder(model, 3, threads=1)
-    decoder.begin(held)
+    decoder.begin(held, SampleConfig(keep=keep))
     for step in range(3 * size if keep is None and size < 100 else 20):
-        got, wanted = decoder.read(keep), recomputed(exact, held)
+        got, wanted = decoder.read(), recomputed(exact, held)
         torch.testing.assert_close(got.double(), wanted, rtol=2e-5, atol=2e-5)
         new = tokens(3, seed=100 + step)
         decoder.append(new)
@@ -182,12 +182,63 @@ def test_the_draws_are_those_of_torch(name: str, options: dict[str, Any], biased
     config = SampleConfig(**{"max_new_tokens": count, "temperature": 1.0, "seed": 5} | options)
     wanted = list(stream_tokens(model, prompt, config, bias))
     decoder = NativeDecoder(model, 3, threads=1)
-    decoder.begin(prompt.tolist())
-    got = list(decoder.generate(config, bias))
+    decoder.begin(prompt.tolist(), config, bias)
+    got = list(decoder.generate(count))
     assert [len(burst.tokens) for burst in got[:3]] == [1, 2, 4]
     assert torch.equal(torch.cat([burst.tokens for burst in got]), torch.cat([step.tokens for step in wanted]))
     logprobs = torch.cat([burst.logprobs for burst in got])
     torch.testing.assert_close(logprobs, torch.cat([step.logprobs for step in wanted]), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_streams_come_and_go_and_none_notices(precision: native.Precision) -> None:
+    """A thousand schedules: whoever else runs, from whenever on, a stream writes what it writes alone."""
+    model, generator = made("modern"), torch.Generator().manual_seed(1)
+    requests = []
+    for number in range(8):
+        config = SampleConfig(
+            temperature=(1.0, 0.5, 3.0)[number % 3],
+            top_k=(None, 3)[number % 2],
+            min_p=(None, 0.1)[number // 4],
+            keep=(None, 3)[number // 2 % 2],
+            seed=number // 3,
+        )
+        bias = torch.randn(V, generator=generator) if number % 4 == 1 else None
+        requests.append((tokens(1 + 5 * (number % 4), seed=number % 2), config, number, bias))
+    length, wanted = 24, []
+    for request in requests:
+        decoder = NativeDecoder(model, 1, precision, threads=1)
+        decoder.join(0, *request)
+        drawn = decoder.burst(length, 1)
+        wanted.append((drawn.tokens[:, 0].tolist(), drawn.logprobs[:, 0].tolist()))
+    decoder = NativeDecoder(model, 5, precision, threads=3)
+
+    def chance(most: int) -> int:
+        return int(torch.randint(most, (), generator=generator))
+
+    for _ in range(1000):
+        waiting = torch.randperm(len(requests), generator=generator).tolist()[: 1 + chance(8)]
+        running: dict[int, tuple[int, list[int], list[float]]] = {}  # by slot: the request, what it got
+        while waiting or running:
+            free = [slot for slot in range(5) if slot not in running]
+            while waiting and free and chance(3):
+                slot = free.pop(chance(len(free)))
+                running[slot] = (waiting.pop(), [], [])
+                decoder.join(slot, *requests[running[slot][0]])
+            if not running:
+                continue
+            drawn = decoder.burst(1 + chance(9), 1 + chance(3) * (chance(8) == 0))
+            assert decoder.running == sorted(running)
+            for column, slot in enumerate(sorted(running)):
+                number, got, logprobs = running[slot]
+                got += drawn.tokens[:, column].tolist()
+                logprobs += drawn.logprobs[:, column].tolist()
+                left = chance(20) == 0  # a client that goes away
+                if left or len(got) >= length:
+                    count = min(len(got), length)
+                    assert (got[:count], logprobs[:count]) == (wanted[number][0][:count], wanted[number][1][:count])
+                    decoder.leave(slot)
+                    del running[slot]
 
 
 def test_one_thread_or_all_whichever_is_faster_now() -> None:
@@ -267,16 +318,24 @@ def test_broken_weights_are_one_sentence() -> None:
         decoder = NativeDecoder(model, 2)
         decoder.begin([[1], [2]])
         with pytest.raises(ChargptError, match="not finite numbers"):
-            list(decoder.generate(SampleConfig(max_new_tokens=3)))
+            list(decoder.generate(3))
 
 
 def test_nonsense_is_refused_and_reads_no_memory() -> None:
     decoder = NativeDecoder(made("gpt2"), 2)
-    with pytest.raises(ValueError, match="nothing to read"):
+    with pytest.raises(ValueError, match="no stream runs"):
         decoder.read()
-    for wrong in ([[1]], [[1], [2], [3]], [[1], []], [[1], [V]], [[1], [-1]]):
-        with pytest.raises(ValueError, match=r"window|vocabulary"):
+    for wrong in ([[1], [2], [3]], [[1], []], [[1], [V]], [[1], [-1]]):
+        with pytest.raises(ValueError, match=r"slot|window|vocabulary"):
             decoder.begin(wrong)
+    for slot in (-1, 2, 2**62):
+        with pytest.raises(ValueError, match="slot that is not there"):
+            decoder.join(slot, [1], SampleConfig(), 0)
+        with pytest.raises(ValueError, match="slot that is not there"):
+            decoder.leave(slot)
+    for bias in (torch.zeros(V - 1), torch.zeros(V).double(), torch.zeros(2 * V)[::2]):
+        with pytest.raises(ValueError, match="bias is"):
+            decoder.join(0, [1], SampleConfig(), 0, bias)
     decoder.begin([[1], [2] * 1000])  # the last block_size of them
     assert decoder.read().isfinite().all()
     for wrong_tokens in ([1], [1, 2, 3], [1, V], [-1, 1], [2**40, 1]):
