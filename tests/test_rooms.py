@@ -24,7 +24,7 @@ ROOMS = (
         "data",
         "checkpoint",
     ),
-    *("evaluation", "generation", "training", "tracking", "console", "planner", "report", "experiment", "cli"),
+    *("evaluation", "generation", "training", "tracking", "console", "planner", "report", "experiment", "serve", "cli"),
 )
 
 

@@ -6,7 +6,7 @@ One module for each command: `add` adds its arguments, `run` runs it. What is he
 import argparse
 
 from chargpt import __version__
-from chargpt.cli import compare, evaluate, info, sample, train
+from chargpt.cli import compare, evaluate, info, sample, serve, train
 from chargpt.command import user_errors
 
 
@@ -20,6 +20,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="chargpt", description="Turn any text into a small GPT.")
     parser.add_argument("--version", action="version", version=f"chargpt {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (train, sample, evaluate, compare, info):
+    for command in (train, sample, serve, evaluate, compare, info):
         command.add(commands)
     return parser

@@ -87,9 +87,9 @@ class Generator:
             self._idle = {key: decoder}
 
     def _pieces(self, drawn: Iterator[Drawn], config: SampleConfig) -> Iterator[list[Piece]]:
-        samples = [_Sample(self.tokenizer, config.stop) for _ in range(config.num_samples)]
+        samples = [SampleText(self.tokenizer, config.stop) for _ in range(config.num_samples)]
         left = config.max_new_tokens
-        for tokens, logprobs in drawn:
+        for tokens, logprobs, _ in drawn:
             left -= len(tokens)
             rows = zip(samples, tokens.T.tolist(), logprobs.T.tolist(), strict=True)
             yield [sample.take(some, of_some, last=left == 0) for sample, some, of_some in rows]
@@ -97,7 +97,7 @@ class Generator:
                 return
 
 
-class _Sample:
+class SampleText:
     """The text of one sample, as its tokens come."""
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:

@@ -112,15 +112,15 @@ class NativeDecoder:
         """One more token for each stream."""
         self._decoder.append(tokens)
 
-    def burst(self, count: int, threads: int) -> Drawn:
+    def burst(self, count: int, threads: int, *, with_logits: bool = False) -> Drawn:
         """The next `count` tokens of each stream, drawn as `stream_tokens` says, with the interpreter's lock released.
 
         Raises ChargptError when logits have no softmax.
         """
-        drawn = self._decoder.generate(count, threads, False)
+        drawn = self._decoder.generate(count, threads, with_logits)
         if drawn is None:
             raise ChargptError(BROKEN_LOGITS)
-        return Drawn(*drawn[:2])
+        return Drawn(*drawn)
 
     def generate(self, count: int) -> Iterator[Drawn]:
         """Yield the next `count` tokens of each stream: one at once, then as many together as take BURST_SECONDS."""

@@ -85,6 +85,7 @@ class Drawn(NamedTuple):
 
     tokens: torch.Tensor  # (n, B), int64
     logprobs: torch.Tensor  # (n, B), float32: ln p of each by the model alone, before temperature, cuts and bias
+    logits: torch.Tensor | None = None  # (n, B, V), where they are wanted
 
 
 @torch.no_grad()
@@ -119,7 +120,7 @@ def stream_tokens(
         )  # (B, V)
         unread = draw(probabilities, numbers[position % BLOCK])  # (B, 1)
         window = torch.cat([window, unread], dim=1)
-        yield Drawn(unread.T, logits.float().log_softmax(-1).gather(-1, unread).T)
+        yield Drawn(unread.T, logits.float().log_softmax(-1).gather(-1, unread).T, logits[None])
 
 
 def generate(model: LanguageModel, idx: torch.Tensor, max_new_tokens: int, **options: Any) -> torch.Tensor:

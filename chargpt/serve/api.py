@@ -1,0 +1,167 @@
+"""What clients send and get: the fields of OpenAI's completions and chat completions, as its Python package reads them.
+
+What a small model cannot do is refused with a reason, not ignored: a field that is not here is an error.
+"""
+
+import math
+import secrets
+import time
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from chargpt.generation import Piece
+from chargpt.serve.engine import Delta
+from chargpt.tokenizers import Tokenizer
+
+MOST_ANSWERS, MOST_PROMPTS, MOST_TOKENS = 16, 32, 100_000
+NOT_HERE = "is not something that these models can do; leave it out"
+
+
+def _nothing(value: Any) -> Any:
+    if value not in (None, [], {}, 0, 1, False, "", "auto", "none", {"type": "text"}):
+        raise ValueError(NOT_HERE)
+    return None
+
+
+Unsupported = Annotated[Any, BeforeValidator(_nothing)]  # some clients send what means nothing
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class Options(BaseModel):
+    """What both kinds of request share."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    model: str
+    n: int = Field(1, ge=1, le=MOST_ANSWERS)
+    temperature: float = Field(1.0, ge=0, allow_inf_nan=False)
+    top_p: float = Field(1.0, gt=0, le=1)
+    stop: list[Annotated[str, Field(min_length=1)]] = Field([], max_length=4)
+    seed: int | None = None
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+    logit_bias: dict[int, Annotated[float, Field(allow_inf_nan=False)]] = {}
+    user: str | None = None
+    # more than OpenAI has
+    top_k: int | None = Field(None, ge=1)
+    min_p: float | None = Field(None, ge=0, le=1)
+    allow: str | None = Field(None, min_length=1)
+    ban: str = ""
+    # what is refused unless it says nothing
+    presence_penalty: Unsupported = None
+    frequency_penalty: Unsupported = None
+    best_of: Unsupported = None
+    tools: Unsupported = None
+    tool_choice: Unsupported = None
+    functions: Unsupported = None
+    response_format: Unsupported = None
+    modalities: Unsupported = None
+    audio: Unsupported = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plain(cls, given: Any) -> Any:
+        """Null means left out, and one stop text is a list of one."""
+        if isinstance(given, dict):
+            given = {name: value for name, value in given.items() if value is not None}
+            if isinstance(given.get("stop"), str):
+                given["stop"] = [given["stop"]]
+        return given
+
+
+class CompletionRequest(Options):
+    prompt: str | list[int] | Annotated[list[str], Field(max_length=MOST_PROMPTS)] | list[list[int]] = ""
+    max_tokens: int = Field(16, ge=1, le=MOST_TOKENS)
+    logprobs: int | None = Field(None, ge=0, le=100)
+    echo: bool = False
+    suffix: Unsupported = None
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """One list, whichever of the four forms came."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        ids = [part for part in self.prompt if isinstance(part, int)]
+        return [ids] if ids else [part for part in self.prompt if not isinstance(part, int)]
+
+
+class TextPart(BaseModel):
+    type: Literal["text"]
+    text: str
+
+
+class Message(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+
+    @property
+    def text(self) -> str:
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+class ChatRequest(Options):
+    messages: list[Message] = Field(min_length=1, max_length=1000)
+    max_tokens: int = Field(256, ge=1, le=MOST_TOKENS)
+    max_completion_tokens: int | None = Field(None, ge=1, le=MOST_TOKENS)
+    logprobs: bool = False
+    top_logprobs: int = Field(0, ge=0, le=100)
+    parallel_tool_calls: Unsupported = None
+
+    @property
+    def prompt(self) -> str:
+        """As a play is written: each message behind its speaker's name. The models know no other form of talk."""
+        turns = [f"{message.role.upper()}:\n{message.text.strip()}\n\n" for message in self.messages]
+        return "".join(turns) + "ASSISTANT:\n"
+
+    @property
+    def ends(self) -> list[str]:
+        """The texts at which an answer ends: the next speaker, unless the client says others."""
+        return self.stop or ["\n\n"]
+
+
+# -------------------------------------------------------------------------------------------------------------- answers
+
+
+def head(kind: str, model: str) -> dict[str, Any]:
+    prefix = "cmpl" if kind == "text_completion" else "chatcmpl"
+    return {"id": f"{prefix}-{secrets.token_hex(12)}", "object": kind, "created": int(time.time()), "model": model}
+
+
+def usage(prompt: int, completion: int) -> dict[str, int]:
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
+def completion_logprobs(tokenizer: Tokenizer, piece: Piece, top: list[list[tuple[int, float]]], offset: int) -> Any:
+    """offset: characters of the text before the piece"""
+    texts = [tokenizer.decode([token]) for token in piece.tokens]
+    offsets = [offset + sum(map(len, texts[:i])) for i in range(len(texts))]
+    return {
+        "tokens": texts,
+        "token_logprobs": [finite(logprob) for logprob in piece.logprobs],
+        "top_logprobs": [{tokenizer.decode([token]): finite(p) for token, p in row} for row in top] or None,
+        "text_offset": offsets,
+    }
+
+
+def chat_logprobs(tokenizer: Tokenizer, delta: Delta) -> Any:
+    def entry(token: int, logprob: float) -> dict[str, Any]:
+        text = tokenizer.decode([token])
+        return {"token": text, "bytes": list(text.encode()), "logprob": finite(logprob)}
+
+    rows = delta.top or [[] for _ in delta.piece.tokens]
+    content = []
+    for token, logprob, row in zip(delta.piece.tokens, delta.piece.logprobs, rows, strict=True):
+        content.append(entry(token, logprob) | {"top_logprobs": [entry(*other) for other in row]})
+    return {"content": content}
+
+
+def finite(logprob: float) -> float:
+    """JSON knows no infinity."""
+    return round(max(logprob, -9999.0), 6) if not math.isnan(logprob) else -9999.0

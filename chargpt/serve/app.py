@@ -1,0 +1,418 @@
+"""The HTTP side: routes, errors as OpenAI's clients read them, and what is refused before anything is computed."""
+
+import asyncio
+import contextlib
+import hmac
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import pydantic
+import torch
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from chargpt.config import SampleConfig
+from chargpt.errors import ChargptError
+from chargpt.generation import Piece, prompt_tokens
+from chargpt.generation.generator import token_bias
+from chargpt.serve import api
+from chargpt.serve.engine import BusyError, Delta, Job, ModelEngine
+
+MOST_BYTES = 2**20  # of a request's body
+FLUSH_SECONDS = 1 / 30  # from one write of a stream to the next
+LOOPBACK = ("127.0.0.1", "localhost", "[::1]", "::1")
+T = TypeVar("T", bound=pydantic.BaseModel)
+
+
+class Metrics:
+    """Prometheus' numbers, by vLLM's names where they mean the same."""
+
+    def __init__(self, engines: Mapping[str, ModelEngine]) -> None:
+        self.registry, names = CollectorRegistry(), ["model_name"]
+        running = Gauge("vllm:num_requests_running", "streams that are written", names, registry=self.registry)
+        waiting = Gauge("vllm:num_requests_waiting", "streams that wait", names, registry=self.registry)
+        for name, engine in engines.items():
+            running.labels(name).set_function(lambda engine=engine: engine.running)  # type: ignore[misc]
+            waiting.labels(name).set_function(lambda engine=engine: engine.waiting)  # type: ignore[misc]
+        self.prompt = Counter("vllm:prompt_tokens", "tokens of prompts", names, registry=self.registry)
+        self.generated = Counter("vllm:generation_tokens", "tokens written", names, registry=self.registry)
+        self.finished = Counter(
+            "vllm:request_success", "streams that ended", [*names, "finished_reason"], registry=self.registry
+        )
+        self.first = Histogram(
+            "vllm:time_to_first_token_seconds",
+            "until a request's first token",
+            names,
+            registry=self.registry,
+            buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5, 25),
+        )
+        self.whole = Histogram("vllm:e2e_request_latency_seconds", "of a request", names, registry=self.registry)
+
+
+@dataclass
+class Asked:
+    """The streams of one request, and what comes of them: (number, Delta or error) each."""
+
+    jobs: list[Job]
+    events: "asyncio.Queue[tuple[int, Delta | ChargptError]]"
+    prompt_tokens: int
+    replaced: int  # characters of the prompts that the model does not know
+    seed: int
+
+    def give_up(self) -> None:
+        for job in self.jobs:
+            job.given_up = True
+
+
+def build_app(
+    engines: Mapping[str, ModelEngine], *, api_key: str | None = None, hosts: Sequence[str] = LOOPBACK
+) -> ASGIApp:
+    """The server of these models, by name. hosts: names in a request's Host that are answered"""
+    server = Server(engines)
+    routes = [
+        Route("/health", server.health),
+        Route("/metrics", server.metrics_page),
+        Route("/v1/models", server.models),
+        Route("/v1/models/{name:path}", server.model),
+        Route("/v1/completions", server.completions, methods=["POST"]),
+        Route("/v1/chat/completions", server.chat, methods=["POST"]),
+    ]
+    handlers: Any = {HTTPException: http_error, Exception: bug}
+    return Guard(Starlette(routes=routes, exception_handlers=handlers), api_key, hosts)
+
+
+class Guard:
+    """Refuses a foreign Host, which a page of another site may have made the browser send, and a wrong key."""
+
+    def __init__(self, app: ASGIApp, api_key: str | None, hosts: Sequence[str]) -> None:
+        self.app, self.api_key, self.hosts = app, api_key, set(hosts)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            headers = {name.lower(): value for name, value in scope["headers"]}
+            problem = self._problem(scope["path"], headers)
+            if problem is not None:
+                return await problem(scope, receive, send)
+        await self.app(scope, receive, send)
+
+    def _problem(self, path: str, headers: dict[bytes, bytes]) -> Response | None:
+        host = headers.get(b"host", b"").decode("latin-1")
+        name = host.rsplit(":", 1)[0] if not host.endswith("]") and host.count(":") != 0 else host
+        if name not in self.hosts:
+            return error("this server does not answer for that Host; start it with --allow-host", 400, code="bad_host")
+        if self.api_key is not None and path != "/health":
+            given = headers.get(b"authorization", b"")
+            if not hmac.compare_digest(given, b"Bearer " + self.api_key.encode()):
+                return error("the API key is missing or wrong", 401, "authentication_error", code="invalid_api_key")
+        return None
+
+
+class Server:
+    def __init__(self, engines: Mapping[str, ModelEngine]) -> None:
+        self.engines, self.metrics, self.started = engines, Metrics(engines), int(time.time())
+
+    async def health(self, request: Request) -> Response:
+        alive = all(engine.thread.is_alive() for engine in self.engines.values())
+        return JSONResponse({"status": "ok" if alive else "broken"}, 200 if alive else 503)
+
+    async def metrics_page(self, request: Request) -> Response:
+        return Response(generate_latest(self.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    async def models(self, request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [self._model(name) for name in self.engines]})
+
+    async def model(self, request: Request) -> Response:
+        name = request.path_params["name"]
+        self._engine(name)
+        return JSONResponse(self._model(name))
+
+    def _model(self, name: str) -> dict[str, Any]:
+        engine = self.engines[name]
+        return {
+            "id": name,
+            "object": "model",
+            "created": self.started,
+            "owned_by": "chargpt",
+            "max_model_len": engine.model.block_size,
+        }
+
+    def _engine(self, name: str) -> ModelEngine:
+        if name not in self.engines:
+            message = f"there is no model {name!r}; the models are {', '.join(self.engines)}"
+            raise HTTPException(404, _error(message, code="model_not_found", param="model"))
+        return self.engines[name]
+
+    # -------------------------------------------------------------------------------------------------- completions
+
+    async def completions(self, request: Request) -> Response:
+        asked_for = await body(request, api.CompletionRequest)
+        engine = self._engine(asked_for.model)
+        count, top = asked_for.max_tokens, asked_for.logprobs or 0
+        asked = self._ask(engine, asked_for, asked_for.prompts, count, asked_for.stop, top)
+        texts = [prompt if isinstance(prompt, str) else engine.tokenizer.decode(prompt) for prompt in asked_for.prompts]
+        start = [texts[i // asked_for.n] if asked_for.echo else "" for i in range(len(asked.jobs))]
+        shown = [len(text) for text in start]
+
+        def choice(i: int, delta: Delta, first: bool) -> dict[str, Any]:
+            logprobs = None
+            if asked_for.logprobs is not None:
+                logprobs = api.completion_logprobs(engine.tokenizer, delta.piece, delta.top, shown[i])
+            text = (start[i] if first else "") + delta.piece.text
+            shown[i] += len(delta.piece.text)
+            return {"index": i, "text": text, "logprobs": logprobs, "finish_reason": delta.piece.finish_reason}
+
+        return await self._answer(request, asked_for, asked, "text_completion", choice, choice)
+
+    async def chat(self, request: Request) -> Response:
+        asked_for = await body(request, api.ChatRequest)
+        engine = self._engine(asked_for.model)
+        count = asked_for.max_completion_tokens or asked_for.max_tokens
+        top = asked_for.top_logprobs if asked_for.logprobs else 0
+        asked = self._ask(engine, asked_for, [asked_for.prompt], count, asked_for.ends, top, unknown="replace")
+
+        def choice(kind: str) -> Callable[[int, Delta, bool], dict[str, Any]]:
+            def build(i: int, delta: Delta, first: bool) -> dict[str, Any]:
+                logprobs = api.chat_logprobs(engine.tokenizer, delta) if asked_for.logprobs else None
+                said = {"role": "assistant"} if first else {}
+                said["content"] = delta.piece.text
+                return {"index": i, kind: said, "logprobs": logprobs, "finish_reason": delta.piece.finish_reason}
+
+            return build
+
+        return await self._answer(request, asked_for, asked, "chat.completion", choice("message"), choice("delta"))
+
+    def _ask(
+        self,
+        engine: ModelEngine,
+        options: api.Options,
+        prompts: list[str | list[int]],
+        count: int,
+        stop: list[str],
+        top: int,
+        unknown: Any = "strict",
+    ) -> Asked:
+        """Hand the streams of a request to the engine. Raises HTTPException for what the model cannot take."""
+        tokenizer, V = engine.tokenizer, engine.model.vocab_size
+        seed = secrets.randbits(31) if options.seed is None else options.seed % 2**62
+        loop, events = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Delta | ChargptError]]()
+        jobs: list[Job] = []
+
+        def deliver(number: int) -> Callable[[Delta | ChargptError], None]:
+            return lambda delta: _soon(loop, events, (number, delta))
+
+        total, replaced = 0, 0
+        try:
+            bias = token_bias(tokenizer, options.allow, options.ban)
+            if options.logit_bias:
+                if not all(0 <= token < V for token in options.logit_bias):
+                    raise ChargptError(f"logit_bias names tokens outside the vocabulary of {V}")
+                bias = torch.zeros(V) if bias is None else bias
+                for token, value in options.logit_bias.items():
+                    bias[token] += value
+            for prompt in prompts:
+                if isinstance(prompt, str):
+                    window = prompt_tokens(tokenizer, prompt, unknown)[0].tolist()
+                    replaced += 0 if unknown == "strict" else unknown_characters(tokenizer, prompt)
+                elif prompt and all(0 <= token < V for token in prompt):
+                    window = prompt
+                else:
+                    raise ChargptError(f"a prompt of tokens has at least one, each from 0 to {V - 1}")
+                total += len(window)
+                for i in range(options.n):
+                    config = SampleConfig(
+                        max_new_tokens=count,
+                        temperature=options.temperature,
+                        top_k=options.top_k,
+                        top_p=options.top_p if options.top_p < 1 else None,
+                        min_p=options.min_p,
+                        stop=tuple(stop),
+                        seed=seed + i,
+                    )
+                    jobs.append(Job(window, config, deliver(len(jobs)), bias, top))
+            engine.submit(jobs)
+        except BusyError as problem:
+            raise HTTPException(429, _error(str(problem), "rate_limit_error", code="busy")) from None
+        except ChargptError as problem:
+            raise HTTPException(400, _error(str(problem))) from None
+        self.metrics.prompt.labels(options.model).inc(total)
+        return Asked(jobs, events, total, replaced, seed)
+
+    async def _answer(
+        self,
+        request: Request,
+        options: api.Options,
+        asked: Asked,
+        kind: str,
+        whole: Callable[[int, Delta, bool], dict[str, Any]],
+        part: Callable[[int, Delta, bool], dict[str, Any]],
+    ) -> Response:
+        extra = {"seed": asked.seed} | ({"replaced_characters": asked.replaced} if asked.replaced else {})
+        if options.stream:
+            chunk = "text_completion" if kind == "text_completion" else "chat.completion.chunk"
+            lines = self._stream(options, asked, api.head(chunk, options.model) | extra, part)
+            headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+            return StreamingResponse(lines, media_type="text/event-stream", headers=headers)
+        collecting = asyncio.ensure_future(self._collect(options.model, asked))
+        leaving = asyncio.ensure_future(_gone(request))
+        try:
+            await asyncio.wait([collecting, leaving], return_when=asyncio.FIRST_COMPLETED)
+            if not collecting.done():
+                return Response(status_code=499)  # nobody reads it
+            deltas = collecting.result()
+        finally:
+            asked.give_up()
+            collecting.cancel()
+            leaving.cancel()
+        choices = [whole(i, delta, True) for i, delta in enumerate(deltas)]
+        made = sum(len(delta.piece.tokens) for delta in deltas)
+        answer = api.head(kind, options.model) | extra
+        return JSONResponse(answer | {"choices": choices, "usage": api.usage(asked.prompt_tokens, made)})
+
+    async def _events(self, model: str, asked: Asked) -> AsyncIterator[tuple[int, Delta]]:
+        """What comes until all streams have ended. Raises ChargptError when one fails."""
+        open_streams, start, first = len(asked.jobs), time.perf_counter(), True
+        while open_streams:
+            i, delta = await asked.events.get()
+            if isinstance(delta, ChargptError):
+                raise delta
+            if first:
+                self.metrics.first.labels(model).observe(time.perf_counter() - start)
+                first = False
+            self.metrics.generated.labels(model).inc(len(delta.piece.tokens))
+            if delta.piece.finish_reason is not None:
+                open_streams -= 1
+                self.metrics.finished.labels(model, delta.piece.finish_reason).inc()
+            yield i, delta
+        self.metrics.whole.labels(model).observe(time.perf_counter() - start)
+
+    async def _collect(self, model: str, asked: Asked) -> list[Delta]:
+        found: list[list[Delta]] = [[] for _ in asked.jobs]
+        async for i, delta in self._events(model, asked):
+            found[i].append(delta)
+        return [joined(deltas) for deltas in found]
+
+    async def _stream(
+        self,
+        options: api.Options,
+        asked: Asked,
+        head: dict[str, Any],
+        part: Callable[[int, Delta, bool], dict[str, Any]],
+    ) -> AsyncIterator[str]:
+        """Server-sent events. The first piece at once, then what came in FLUSH_SECONDS together."""
+        with_usage = options.stream_options.include_usage
+        held: dict[int, list[Delta]] = {}
+        begun: set[int] = set()
+        made, due = 0, 0.0
+
+        def flush() -> str:
+            lines = []
+            for i, deltas in held.items():
+                content = head | {"choices": [part(i, joined(deltas), i not in begun)]}
+                begun.add(i)
+                lines.append(_event(content | ({"usage": None} if with_usage else {})))
+            held.clear()
+            return "".join(lines)
+
+        try:
+            async for i, delta in self._events(options.model, asked):
+                made += len(delta.piece.tokens)
+                held.setdefault(i, []).append(delta)
+                if time.perf_counter() >= due:
+                    yield flush()
+                    due = time.perf_counter() + FLUSH_SECONDS
+            if held:
+                yield flush()
+            if with_usage:
+                yield _event(head | {"choices": [], "usage": api.usage(asked.prompt_tokens, made)})
+            yield "data: [DONE]\n\n"
+        except ChargptError as problem:
+            yield _event(_error(str(problem), "server_error"))
+        finally:  # the client went away, or all is written
+            asked.give_up()
+
+
+# ---------------------------------------------------------------------------------------------------------------- parts
+
+
+def joined(deltas: list[Delta]) -> Delta:
+    """Deltas of one stream as one."""
+    piece = Piece(
+        "".join(delta.piece.text for delta in deltas),
+        [token for delta in deltas for token in delta.piece.tokens],
+        [logprob for delta in deltas for logprob in delta.piece.logprobs],
+        deltas[-1].piece.finish_reason if deltas else None,
+    )
+    return Delta(piece, [row for delta in deltas for row in delta.top])
+
+
+def unknown_characters(tokenizer: Any, text: str) -> int:
+    """How many characters of a text a vocabulary does not have."""
+    unknown = {character for character in set(text) if not len(tokenizer.encode(character, errors="skip"))}
+    return sum(character in unknown for character in text)
+
+
+def _soon(loop: asyncio.AbstractEventLoop, events: "asyncio.Queue[Any]", event: Any) -> None:
+    """From the engine's thread."""
+    with contextlib.suppress(RuntimeError):  # the server has ended
+        loop.call_soon_threadsafe(events.put_nowait, event)
+
+
+async def _gone(request: Request) -> None:
+    """Returns when the client closes the connection."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def body(request: Request, kind: type[T]) -> T:
+    """A request's JSON as `kind`. Raises HTTPException for what is not."""
+    if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
+        raise HTTPException(415, _error("the body must be JSON: Content-Type: application/json"))
+    data = b""
+    async for chunk in request.stream():
+        data += chunk
+        if len(data) > MOST_BYTES:
+            raise HTTPException(413, _error(f"a request has at most {MOST_BYTES:,} bytes"))
+    try:
+        return kind.model_validate(json.loads(data))
+    except (ValueError, RecursionError) as problem:
+        if isinstance(problem, pydantic.ValidationError):
+            first = problem.errors(include_url=False, include_input=False)[0]
+            where = ".".join(str(part) for part in first["loc"])
+            message = first["msg"].removeprefix("Value error, ")
+            raise HTTPException(400, _error(f"{where}: {message}" if where else message, param=where or None)) from None
+        raise HTTPException(400, _error("the body is no JSON that can be read")) from None
+
+
+def _event(content: dict[str, Any]) -> str:
+    return f"data: {json.dumps(content)}\n\n"
+
+
+def _error(
+    message: str, kind: str = "invalid_request_error", *, code: str | None = None, param: str | None = None
+) -> Any:
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def error(message: str, status: int, kind: str = "invalid_request_error", *, code: str | None = None) -> Response:
+    return JSONResponse(_error(message, kind, code=code), status)
+
+
+async def http_error(request: Request, problem: Exception) -> Response:
+    assert isinstance(problem, HTTPException)
+    if isinstance(problem.detail, dict):
+        return JSONResponse(problem.detail, problem.status_code)
+    return error(f"{request.method} {request.url.path}: {problem.detail}", problem.status_code)
+
+
+async def bug(request: Request, problem: Exception) -> Response:
+    """Of ours. The log has the traceback; the client learns nothing."""
+    return error("the server failed; its log says why", 500, "server_error")
