@@ -81,7 +81,15 @@ def run(arguments: argparse.Namespace) -> None:
         engine, why = engines[name].chosen
         print(f"{name}: {engine if engine == 'torch' else f'C++ in {engine}'} ({why})", flush=True)
     app = build_app(engines, api_key=api_key, hosts=[*ANSWERED, *arguments.allow_host])
-    listen(app, arguments.host, arguments.port)
+
+    def close() -> None:
+        for engine in engines.values():
+            engine.close()
+
+    try:
+        listen(app, arguments.host, arguments.port, close)
+    finally:
+        close()
 
 
 def split(given: str) -> tuple[str, list[Path]]:

@@ -268,6 +268,8 @@ class Server:
             if not collecting.done():
                 return Response(status_code=499)  # nobody reads it
             deltas = collecting.result()
+        except ChargptError as problem:
+            return error(str(problem), 500, "server_error")
         finally:
             asked.give_up()
             collecting.cancel()

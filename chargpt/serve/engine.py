@@ -135,11 +135,15 @@ class ModelEngine:
             self._changed.notify()
 
     def close(self) -> None:
-        """Stop; what was not finished is not delivered."""
+        """Stop. Jobs that are not finished get an error."""
         with self._changed:
             self._closed = True
             self._changed.notify()
         self.thread.join()
+        for job in [*self._waiting, *(job for job, _ in self._jobs.values())]:
+            job.deliver(ChargptError("the server ends; ask again later"))
+        self._waiting.clear()
+        self._jobs.clear()
 
     # ------------------------------------------------------------------------------------------- the engine's thread
 

@@ -1,18 +1,39 @@
 """The socket, and the end: what runs when a signal comes is finished within seconds, or cut."""
 
+import contextlib
 import errno
 import socket
+import threading
+from collections.abc import Callable
+from types import FrameType
 
 import uvicorn
 from starlette.types import ASGIApp
 
 from chargpt.errors import ConfigError
 
-FINISHING = 4  # seconds that open requests get after a signal
+FINISHING = 3.0  # seconds that open requests get after a signal
 
 
-def listen(app: ASGIApp, host: str, port: int) -> None:
-    """Serve until SIGINT or SIGTERM. Prints the address. Raises ConfigError when it cannot be had."""
+class _Server(uvicorn.Server):
+    """Cuts what has not ended FINISHING seconds after the first signal."""
+
+    def __init__(self, config: uvicorn.Config, cut: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._cutting = threading.Timer(FINISHING, cut)
+        self._cutting.daemon = True
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if not self.should_exit:
+            self._cutting.start()
+        super().handle_exit(sig, frame)
+
+
+def listen(app: ASGIApp, host: str, port: int, cut: Callable[[], None]) -> None:
+    """Serve until SIGINT or SIGTERM. Prints the address. cut: ends all streams
+
+    Raises ConfigError when the address cannot be had.
+    """
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         listener = socket.socket(found[0], found[1])
@@ -24,6 +45,7 @@ def listen(app: ASGIApp, host: str, port: int) -> None:
     shown = f"[{host}]" if ":" in host else host
     print(f"serving at http://{shown}:{listener.getsockname()[1]}, until Ctrl-C", flush=True)
     config = uvicorn.Config(
-        app, log_level="warning", access_log=False, timeout_graceful_shutdown=FINISHING, server_header=False
+        app, log_level="error", access_log=False, timeout_graceful_shutdown=int(FINISHING) + 1, server_header=False
     )
-    uvicorn.Server(config).run(sockets=[listener])
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn gives the signal on when it has ended: nothing went wrong
+        _Server(config, cut).run(sockets=[listener])

@@ -1,0 +1,450 @@
+"""The server, as the `openai` package and a browser's worst requests meet it."""
+
+import asyncio
+import dataclasses
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import openai
+import pytest
+import torch
+import uvicorn
+
+from chargpt.checkpoint import save_checkpoint
+from chargpt.config import BigramConfig, SampleConfig, TransformerConfig
+from chargpt.generation import Generator
+from chargpt.models import Ensemble, LanguageModel, build_model
+from chargpt.serve.app import build_app
+from chargpt.serve.engine import ModelEngine
+from chargpt.tokenizers import CharacterTokenizer
+from chargpt.tokenizers.byte import ByteTokenizer
+
+TOKENIZER = CharacterTokenizer("\n .:ABENRSTUabcdefgh")
+CONFIG = TransformerConfig(
+    block_size=16, n_layer=2, n_head=2, n_embd=16, position="rotary", norm="rmsnorm", mlp="relu2"
+)
+
+
+def made(vocab_size: int, seed: int, config: Any = CONFIG) -> LanguageModel:
+    """With weights so large that the text is not all alike."""
+    model = build_model(config, vocab_size, seed).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.4 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+@dataclasses.dataclass
+class Served:
+    url: str
+    engines: dict[str, ModelEngine]
+
+    def client(self, **options: Any) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", **{"api_key": "none", "max_retries": 0} | options)
+
+    def post(self, path: str, content: Any, **options: Any) -> httpx2.Response:
+        return httpx2.post(f"{self.url}{path}", json=content, timeout=30, **options)
+
+    def idle(self) -> bool:
+        return not any(engine.running or engine.waiting for engine in self.engines.values())
+
+
+class Running:
+    """A server in a thread of this process."""
+
+    def __init__(self, engines: dict[str, ModelEngine], **options: Any) -> None:
+        listener = socket.socket()
+        listener.bind(("127.0.0.1", 0))
+        config = uvicorn.Config(build_app(engines, **options), log_level="error", server_header=False)
+        self.server = uvicorn.Server(config)
+        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [listener]})
+        self.thread.start()
+        while not self.server.started:
+            time.sleep(0.005)
+        self.served = Served(f"http://127.0.0.1:{listener.getsockname()[1]}", engines)
+
+    def stop(self) -> None:
+        self.server.should_exit = True
+        self.thread.join()
+        for engine in self.served.engines.values():
+            engine.close()
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[Served]:
+    small, other = made(TOKENIZER.vocab_size, 1), made(TOKENIZER.vocab_size, 2)
+    bytes_ = ByteTokenizer()
+    running = Running(
+        {
+            "small": ModelEngine(small, TOKENIZER, slots=4, most_waiting=64),
+            "two": ModelEngine(Ensemble([small, other]).eval(), TOKENIZER),
+            "bigram": ModelEngine(made(TOKENIZER.vocab_size, 3, BigramConfig()), TOKENIZER),
+            "bytes": ModelEngine(made(256, 4), bytes_),
+        }
+    )
+    yield running.served
+    running.stop()
+
+
+def alone(served: Served, model: str, prompt: str, **options: Any) -> Any:
+    engine = served.engines[model]
+    config = SampleConfig(**{"temperature": 1.0, "engine": engine.chosen.engine} | options)
+    return Generator(engine.model, engine.tokenizer).generate(prompt, config)[0]
+
+
+# ---------------------------------------------------------------------------------------------------------- completions
+
+
+@pytest.mark.parametrize("model", ["small", "two", "bigram", "bytes"])
+def test_a_completion_is_what_the_generator_writes(served: Served, model: str) -> None:
+    found = served.client().completions.create(model=model, prompt="abc", max_tokens=40, n=3, seed=7)
+    assert [choice.index for choice in found.choices] == [0, 1, 2]
+    for choice in found.choices:
+        wanted = alone(served, model, "abc", max_new_tokens=40, seed=7 + choice.index)
+        assert (choice.text, choice.finish_reason) == (wanted.text, "length")
+    assert (found.usage.prompt_tokens, found.usage.completion_tokens) == (3, 120)  # type: ignore[union-attr]
+
+
+def test_all_forms_of_prompts(served: Served) -> None:
+    client, ids = served.client(), TOKENIZER.encode("abc").tolist()
+    wanted = alone(served, "small", "abc", max_new_tokens=20, seed=1).text
+    for prompt in ("abc", ids, ["abc"], [ids]):
+        found = client.completions.create(model="small", prompt=prompt, max_tokens=20, seed=1)
+        assert [choice.text for choice in found.choices] == [wanted]
+    found = client.completions.create(model="small", prompt=["abc", "ha", "abc"], max_tokens=20, seed=1, n=2)
+    texts = [choice.text for choice in found.choices]
+    assert texts[:2] == texts[4:]
+    assert texts[0] == wanted
+    assert texts[2] == alone(served, "small", "ha", max_new_tokens=20, seed=1).text
+
+
+def test_options_do_what_they_do_elsewhere(served: Served) -> None:
+    client = served.client()
+    for sent, wanted in (
+        ({"temperature": 0}, {"temperature": 0.0}),
+        ({"top_p": 0.5}, {"top_p": 0.5}),
+        ({"extra_body": {"top_k": 2, "min_p": 0.1}}, {"top_k": 2, "min_p": 0.1}),
+        ({"extra_body": {"allow": "abc", "ban": None}}, {"allow": "abc"}),
+        ({"extra_body": {"ban": "abc"}}, {"ban": "abc"}),
+    ):
+        got = client.completions.create(model="small", prompt="ab", max_tokens=30, seed=2, **sent)  # type: ignore[arg-type]
+        assert got.choices[0].text == alone(served, "small", "ab", max_new_tokens=30, seed=2, **wanted).text
+    h = int(TOKENIZER.encode("h")[0])
+    got = client.completions.create(model="small", prompt="ab", max_tokens=30, seed=2, logit_bias={str(h): 100})
+    assert got.choices[0].text == "h" * 30
+    first = client.completions.create(model="small", prompt="ab", max_tokens=30)
+    again = client.completions.create(model="small", prompt="ab", max_tokens=30, seed=first.seed)  # type: ignore[attr-defined]
+    assert first.choices[0].text == again.choices[0].text  # the seed that was taken is told
+
+
+def test_stop_texts_end_an_answer_and_do_not_show(served: Served) -> None:
+    whole = alone(served, "small", "ab", max_new_tokens=200, seed=3).text
+    stop = [whole[20:22], whole[50:53]]
+    for stream in (False, True):
+        found = served.client().completions.create(
+            model="small", prompt="ab", max_tokens=200, seed=3, stop=stop, stream=stream
+        )
+        if stream:
+            chunks = list(found)  # type: ignore[call-overload]
+            text, reason = "".join(chunk.choices[0].text for chunk in chunks), chunks[-1].choices[0].finish_reason
+        else:
+            text, reason = found.choices[0].text, found.choices[0].finish_reason  # type: ignore[union-attr]
+        assert text == whole[: min(place for each in stop if (place := whole.find(each)) >= 0)]
+        assert reason == "stop"
+
+
+def test_a_stream_is_the_whole_in_pieces(served: Served) -> None:
+    options: Any = {"model": "small", "prompt": "ab", "max_tokens": 300, "n": 3, "seed": 5, "logprobs": 2, "echo": True}
+    whole = served.client().completions.create(**options)
+    chunks = list(served.client().completions.create(**options, stream=True, stream_options={"include_usage": True}))
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage == whole.usage
+    assert {chunk.id for chunk in chunks} == {chunks[0].id}
+    assert all(chunk.usage is None for chunk in chunks[:-1])
+    for i, wanted in enumerate(whole.choices):
+        mine = [chunk.choices[0] for chunk in chunks[:-1] if chunk.choices[0].index == i]
+        assert "".join(part.text for part in mine) == wanted.text
+        assert [part.finish_reason for part in mine] == [None] * (len(mine) - 1) + ["length"]
+        for name in ("tokens", "token_logprobs", "text_offset", "top_logprobs"):
+            parts = [value for part in mine for value in getattr(part.logprobs, name)]
+            assert parts == getattr(wanted.logprobs, name)
+
+
+def test_logprobs_are_the_models_own(served: Served) -> None:
+    wanted = alone(served, "small", "ab", max_new_tokens=30, seed=5, temperature=0.5, top_k=3)
+    found = served.client().completions.create(
+        model="small", prompt="ab", max_tokens=30, seed=5, temperature=0.5, logprobs=4, extra_body={"top_k": 3}
+    )
+    logprobs = found.choices[0].logprobs
+    assert logprobs is not None
+    assert "".join(logprobs.tokens or []) == found.choices[0].text == wanted.text
+    assert logprobs.token_logprobs == pytest.approx(wanted.logprobs, abs=1e-4)
+    assert logprobs.text_offset == list(range(30))
+    for token, logprob, top in zip(logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs, strict=True):  # type: ignore[arg-type]
+        assert len(top) == 4
+        assert sorted(top.values(), reverse=True) == list(top.values())
+        assert token not in top or top[token] == pytest.approx(logprob, abs=1e-4)
+        assert token in list(top)[:3]  # top_k
+
+
+def test_a_character_of_several_bytes_comes_whole(served: Served) -> None:
+    smile = list("🙂é".encode())
+    bias = {str(token): 50 for token in smile}
+    chunks = served.client().completions.create(
+        model="bytes", prompt="🙂", max_tokens=400, seed=1, logit_bias=bias, stream=True
+    )
+    text = "".join(chunk.choices[0].text for chunk in chunks)
+    assert text == alone_bytes(served, bias)
+    assert not any(0xD800 <= ord(character) < 0xE000 for character in text)
+
+
+def alone_bytes(served: Served, bias: dict[str, int]) -> str:
+    return served.client().completions.create(
+        model="bytes", prompt="🙂", max_tokens=400, seed=1, logit_bias=bias
+    ).choices[0].text  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------------- chat
+
+
+def test_a_chat_is_a_scene_of_a_play(served: Served) -> None:
+    talk: Any = [{"role": "system", "content": "a"}, {"role": "user", "content": [{"type": "text", "text": "bé ad"}]}]
+    found = served.client().chat.completions.create(
+        model="small", messages=talk, max_tokens=100, seed=1, logprobs=True, top_logprobs=2
+    )
+    prompt = "SYSTEM:\na\n\nUSER:\nbé ad\n\nASSISTANT:\n"
+    wanted = alone(served, "small", prompt, max_new_tokens=100, seed=1, unknown="replace", stop=("\n\n",))
+    choice = found.choices[0]
+    assert (choice.message.role, choice.message.content) == ("assistant", wanted.text)
+    assert choice.finish_reason == wanted.finish_reason
+    unknown = sum(character not in "\n .:ABENRSTUabcdefgh" for character in prompt)
+    assert found.replaced_characters == unknown > 0  # type: ignore[attr-defined]
+    assert choice.logprobs is not None
+    content = choice.logprobs.content or []
+    assert [entry.token for entry in content] == [TOKENIZER.decode([token]) for token in wanted.tokens]
+    assert all(len(entry.top_logprobs) == 2 and entry.bytes == list(entry.token.encode()) for entry in content)
+    chunks = list(
+        served.client().chat.completions.create(model="small", messages=talk, max_tokens=100, seed=1, stream=True)
+    )
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == wanted.text
+    assert chunks[-1].choices[0].finish_reason == wanted.finish_reason
+
+
+# ----------------------------------------------------------------------------------------------------------------- many
+
+
+def test_many_at_once_get_what_each_would_get_alone(served: Served) -> None:
+    """More than there are slots, of different lengths, some of which go away."""
+    options = [
+        {"prompt": "ab"[: 1 + i % 2], "max_tokens": 5 + 13 * (i % 5), "seed": i, "temperature": 0.5 + i % 3}
+        for i in range(40)
+    ]
+
+    async def ask(client: openai.AsyncOpenAI, i: int) -> str | None:
+        if i % 8 == 3:
+            stream = await client.completions.create(model="small", stream=True, **options[i] | {"max_tokens": 50_000})  # type: ignore[call-overload]
+            async for _ in stream:
+                await stream.close()
+                return None
+        found = await client.completions.create(model="small", **options[i])  # type: ignore[call-overload]
+        return str(found.choices[0].text)
+
+    async def everyone() -> list[str | None]:
+        async with openai.AsyncOpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as client:
+            return await asyncio.gather(*(ask(client, i) for i in range(len(options))))
+
+    for i, text in enumerate(asyncio.run(everyone())):
+        if text is not None:
+            prompt, count, seed, temperature = options[i].values()
+            assert text == alone(served, "small", prompt, max_new_tokens=count, seed=seed, temperature=temperature).text  # type: ignore[arg-type]
+    waited = time.monotonic()
+    while not served.idle():
+        assert time.monotonic() - waited < 10
+        time.sleep(0.01)
+
+
+def test_a_client_that_goes_away_frees_its_place(served: Served) -> None:
+    for stream in (True, False):
+        content = {"model": "small", "prompt": "a", "max_tokens": 100_000, "n": 4, "stream": stream}
+        with socket.create_connection(("127.0.0.1", int(served.url.rsplit(":", 1)[1]))) as connection:
+            data = json.dumps(content).encode()
+            head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            connection.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
+            while served.engines["small"].running < 4:
+                time.sleep(0.005)
+        left = time.monotonic()
+        while not served.idle():
+            assert time.monotonic() - left < 10
+            time.sleep(0.005)
+
+
+def test_too_many_are_told_to_wait(served: Served) -> None:
+    long: Any = {"model": "small", "prompt": "a", "max_tokens": 100_000, "n": 16, "stream": True}
+    with served.client() as client:
+        streams = [client.completions.create(**long) for _ in range(4)]  # 4 run, 60 wait
+        with pytest.raises(openai.RateLimitError, match="too many requests wait"):
+            client.completions.create(model="small", prompt="a", n=16)
+        for stream in streams:
+            stream.close()
+
+
+# -------------------------------------------------------------------------------------------------------------- refused
+
+
+@pytest.mark.parametrize(
+    ("content", "status", "words"),
+    [
+        ({"model": "nobody"}, 404, "there is no model 'nobody'; the models are small, two, bigram, bytes"),
+        ({}, 400, "model: Field required"),
+        ({"model": "small", "temperature": -1}, 400, "temperature: Input should be greater than or equal to 0"),
+        ({"model": "small", "temperature": "nan"}, 400, "temperature:"),
+        ({"model": "small", "n": 17}, 400, "n: Input should be less than or equal to 16"),
+        ({"model": "small", "max_tokens": 0}, 400, "max_tokens:"),
+        ({"model": "small", "max_tokens": 10**9}, 400, "max_tokens:"),
+        ({"model": "small", "stop": ["a"] * 5}, 400, "stop:"),
+        ({"model": "small", "stop": [""]}, 400, "stop.0:"),
+        ({"model": "small", "logprobs": 101}, 400, "logprobs:"),
+        ({"model": "small", "prompt": [10**6]}, 400, "a prompt of tokens has at least one, each from 0 to 19"),
+        ({"model": "small", "prompt": [[]]}, 400, "a prompt of tokens has at least one"),
+        ({"model": "small", "prompt": ["a"] * 33}, 400, "prompt"),
+        ({"model": "small", "prompt": "é"}, 400, "has no 'é'"),
+        ({"model": "small", "logit_bias": {"99": 1}}, 400, "logit_bias names tokens outside the vocabulary of 20"),
+        ({"model": "small", "allow": "é"}, 400, "no token of this model has the character 'é'"),
+        ({"model": "small", "best_of": 2}, 400, "best_of: is not something that these models can do"),
+        ({"model": "small", "suffix": "x"}, 400, "suffix: is not something"),
+        ({"model": "small", "tools": [{}]}, 400, "tools: is not something"),
+        ({"model": "small", "wish": 1}, 400, "wish: Extra inputs are not permitted"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_a_reason(served: Served, content: Any, status: int, words: str) -> None:
+    found = served.post("/v1/completions", content)
+    problem = found.json()["error"]
+    assert (found.status_code, problem["type"]) == (status, "invalid_request_error")
+    assert words in problem["message"]
+
+
+def test_what_says_nothing_is_taken(served: Served) -> None:
+    nothing = {"logit_bias": {}, "best_of": 1, "suffix": None, "tools": None, "frequency_penalty": 0, "stop": None}
+    found = served.post("/v1/completions", {"model": "small", "prompt": "a", "max_tokens": 3, **nothing})
+    assert len(found.json()["choices"][0]["text"]) == 3
+
+
+def test_bodies_that_are_no_requests(served: Served) -> None:
+    url, kind = f"{served.url}/v1/completions", {"Content-Type": "application/json"}
+    for data, headers, status in (
+        (b"{", kind, 400),
+        (b"\xff\xfe", kind, 400),
+        (b"[" * 100_000, kind, 400),
+        (b"[]", kind, 400),
+        (b'{"model": "small", "n": ' + b"9" * 5000 + b"}", kind, 400),
+        (b" " * (2**20 + 1), kind, 413),
+        (b"{}", {"Content-Type": "text/plain"}, 415),
+        (b"{}", {}, 415),
+    ):
+        found = httpx2.post(url, content=data, headers=headers)
+        assert found.status_code == status
+        assert found.json()["error"]["message"]
+    assert httpx2.get(url).status_code == 405
+    assert httpx2.get(f"{served.url}/etc/passwd").json()["error"]["message"] == "GET /etc/passwd: Not Found"
+
+
+def test_a_foreign_host_is_refused(served: Served) -> None:
+    for host in ("example.org", "example.org:8000", "127.0.0.1.example.org", "", "[::1]x"):
+        found = httpx2.get(f"{served.url}/v1/models", headers={"Host": host})
+        assert found.status_code == 400
+    for host in ("localhost", "localhost:1", "127.0.0.1:8000", "[::1]:8000", "[::1]"):
+        assert httpx2.get(f"{served.url}/v1/models", headers={"Host": host}).status_code == 200
+    found = httpx2.get(f"{served.url}/v1/models", headers={"Origin": "http://example.org"})
+    assert not any(name.lower().startswith("access-control") for name in found.headers)
+    assert "server" not in found.headers
+
+
+def test_a_key_is_asked_for() -> None:
+    running = Running(
+        {"m": ModelEngine(made(TOKENIZER.vocab_size, 1), TOKENIZER)}, api_key="sésame", hosts=["127.0.0.1"]
+    )
+    try:
+        served = running.served
+        for key in ("none", "s", "sesame"):
+            with pytest.raises(openai.AuthenticationError, match="missing or wrong"):
+                served.client(api_key=key).models.list()
+        right = {"Authorization": "Bearer sésame".encode()}
+        assert httpx2.get(f"{served.url}/v1/models", headers=right).status_code == 200
+        assert httpx2.get(f"{served.url}/v1/models").status_code == 401
+        assert httpx2.get(f"{served.url}/health").status_code == 200
+    finally:
+        running.stop()
+
+
+# ----------------------------------------------------------------------------------------------------------- the others
+
+
+def test_models_health_and_numbers(served: Served) -> None:
+    client = served.client()
+    assert [model.id for model in client.models.list()] == ["small", "two", "bigram", "bytes"]
+    assert client.models.retrieve("two").owned_by == "chargpt"
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("three")
+    assert httpx2.get(f"{served.url}/health").json() == {"status": "ok"}
+
+    def generated() -> float:
+        lines = httpx2.get(f"{served.url}/metrics").text.splitlines()
+        (line,) = [line for line in lines if line.startswith('vllm:generation_tokens_total{model_name="small"}')]
+        return float(line.split()[1])
+
+    client.completions.create(model="small", prompt="a", max_tokens=1)
+    before = generated()
+    client.completions.create(model="small", prompt="a", max_tokens=25, n=2)
+    assert generated() - before == 50
+
+
+def test_a_broken_model_is_an_error_of_the_server() -> None:
+    model = made(TOKENIZER.vocab_size, 1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(torch.nan)
+    running = Running({"m": ModelEngine(model, TOKENIZER)})
+    try:
+        for stream in (False, True):
+            found = running.served.post("/v1/completions", {"model": "m", "prompt": "a", "stream": stream})
+            assert "weights are broken" in found.text
+            assert "Traceback" not in found.text
+            assert found.status_code == (200 if stream else 500)
+    finally:
+        running.stop()
+
+
+# ---------------------------------------------------------------------------------------------------------- the command
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_the_command_serves_until_a_signal(name: str, tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "mine", made(TOKENIZER.vocab_size, 1), TOKENIZER, {"step": 0})
+    program = "import sys; from chargpt.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", program, "serve", "mine", "both=mine,mine", "--port", "0"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    lines = [process.stdout.readline() for _ in range(3)]
+    assert lines[0].startswith("mine: C++ in int8")
+    assert lines[1].startswith("both: torch (C++ decodes a single Transformer")
+    url = lines[2].removeprefix("serving at ").split(",")[0]
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client:
+        assert len(client.completions.create(model="both", prompt="a", max_tokens=5).choices[0].text) == 5
+        stream = client.completions.create(model="mine", prompt="a", max_tokens=100_000, stream=True, n=16)
+        next(iter(stream))
+        process.send_signal(getattr(signal, name))
+        with pytest.raises(openai.APIError, match="the server ends"):
+            list(stream)
+    _, err = process.communicate(timeout=20)
+    assert (process.returncode, err) == (0, "")
