@@ -145,7 +145,7 @@ def choose_engine(model: LanguageModel, engine: Engine = "auto") -> Chosen:
     """
     problem = None if engine == "torch" else why_not(model)
     if engine == "auto":
-        return Chosen("torch", problem) if problem else Chosen("int8", "the fastest, within 0.0001 nats a character")
+        return Chosen("torch", problem) if problem else Chosen("int8", "the fastest, within 0.0003 nats a character")
     if problem is not None:
         raise ConfigError(f"engine {engine} cannot generate here: {problem}; leave it at auto")
     return Chosen(engine, "asked for")

@@ -6,7 +6,7 @@ The tests that run the changed line are run there, the shortest first; which tho
 Where it knows of none (a constant, what runs in a process of its own), the tests beside the changed file run, then
 those of whole runs and commands. What no test notices is printed as a diff.
 
-What was tried is kept in build/mutants/results.jsonl, so that another run with the same seed resumes behind it; a file
+What was tried is kept in tests/mutants/results.jsonl, so that another run with the same seed resumes behind it; a file
 that changed since is tried again, and so is what no test noticed, if the tests changed. Changes that change nothing
 anybody could see are listed, with the reason, in tests/mutants/equivalent.txt, and do not count.
 """
@@ -34,7 +34,7 @@ from tests.mutants.native import PATCHES
 
 ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "build" / "mutants"
-RESULTS = BUILD / "results.jsonl"
+RESULTS = Path(__file__).with_name("results.jsonl")  # in git, so that another machine resumes behind it
 EQUIVALENT = Path(__file__).with_name("equivalent.txt")
 PYTHON = ROOT / ".venv" / "bin" / "python"
 SLOWER = 4  # times as long as unchanged code may tests take before they count as hung
@@ -287,7 +287,9 @@ def work(number: int, waiting: "queue.SimpleQueue[tuple[Mutant, str]]", covering
                 return
             passed.add(failed)
         with RESULTS.open("a", encoding="utf-8") as file:
-            entry = {"outcome": outcome, "diff": difference(mutant.path, original, code), "tests": digest()}
+            entry = {"outcome": outcome, "tests": digest()}
+            if outcome == "survived":
+                entry["diff"] = difference(mutant.path, original, code)
             file.write(json.dumps(asdict(mutant) | entry) + "\n")
         print(f"{outcome:8s} {mutant.path}:{mutant.line} {mutant.operator}", flush=True)
 
@@ -395,10 +397,12 @@ def tell(chosen: list[Mutant], found: dict[Mutant, dict[str, str]]) -> None:
         lines = EQUIVALENT.read_text(encoding="utf-8").splitlines()
         excused = {line for line in lines if line and not line.startswith("#")}
     tried = [mutant for mutant in chosen if mutant in found]
-    counted = [mutant for mutant in tried if changed(mutant, found) not in excused]
+    survivors = [mutant for mutant in tried if found[mutant]["outcome"] == "survived"]
+    equivalent = {mutant for mutant in survivors if changed(mutant, found) in excused}
+    counted = [mutant for mutant in tried if mutant not in equivalent]
     outcomes = Counter(found[mutant]["outcome"] for mutant in counted)
-    for mutant in counted:
-        if found[mutant]["outcome"] == "survived":
+    for mutant in survivors:
+        if mutant not in equivalent:
             print(f"\n{changed(mutant, found)}\n{found[mutant]['diff']}")
     noticed, total = outcomes["killed"] + outcomes["hung"], len(counted)
     print(f"\n{total} of {len(chosen)} tried, {len(tried) - total} more change nothing: {dict(outcomes)}")
