@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 import runs
+from chargpt import command
 from chargpt.command import REFUSALS, Unbreakable, user_errors
 from chargpt.interrupts import Interrupts
 
@@ -208,6 +209,16 @@ def test_what_a_disk_refuses_is_a_sentence_with_what_helps(number: int, capsys: 
     assert err == f"chargpt: error: cannot use some/file: {os.strerror(number)}; {REFUSALS[number]}\n"
     assert ("space" in REFUSALS[number]) == (number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
     assert ("permissions" in REFUSALS[number]) == (number in (errno.EACCES, errno.EPERM))
+
+
+@pytest.mark.parametrize("name", [None, "some/file"])
+def test_an_output_that_refused_is_left_alone_and_others_are_not(
+    name: str | None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    away: list[object] = []
+    monkeypatch.setattr(command, "_point_away", away.append)
+    outcome(raising(OSError(errno.ENOSPC, "full", name)), capsys)
+    assert len(away) == (name is None)
 
 
 def test_too_little_memory_is_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:

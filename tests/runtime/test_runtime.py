@@ -1,5 +1,6 @@
 """Device, precision, compilation and kernels: `auto` always finds something and says why, a name is kept or refused."""
 
+import contextlib
 import re
 from pathlib import Path
 from typing import Any
@@ -125,7 +126,11 @@ def test_the_reference_kernels_can_always_be_asked_for() -> None:
 
 
 def test_the_cpu_has_a_name() -> None:
-    assert device_name(torch.device("cpu")).strip()
+    name = device_name(torch.device("cpu"))
+    assert name == name.strip() != ""
+    with contextlib.suppress(OSError):
+        models = re.findall(r"^model name\s*:\s*(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        assert not models or name == models[0].strip()
 
 
 def test_info_says_what_exists_and_why_the_rest_does_not() -> None:
