@@ -16,6 +16,7 @@ from chargpt.evaluation.protocols import (
     full_loss,
     nanogpt_loss,
     sliding_loss,
+    token_logits,
 )
 
 __all__ = [
@@ -29,4 +30,5 @@ __all__ = [
     "guess_losses",
     "nanogpt_loss",
     "sliding_loss",
+    "token_logits",
 ]

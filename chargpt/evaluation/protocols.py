@@ -68,6 +68,18 @@ def sliding_loss(model: LanguageModel, tokens: Tokens, stride: int, device: torc
 
 
 @torch.no_grad()
+def token_logits(
+    model: LanguageModel, tokens: Tokens, stride: int, device: torch.device | str = "cpu"
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The logits (n, V) before tokens[1:] of `tokens` (N,), and these tokens (n,): as `sliding_loss` sees them."""
+    with evaluating(model):
+        for idx, targets in _sliding_batches(tokens, model.block_size, min(stride, model.block_size)):
+            scored = targets >= 0  # (B, T)
+            hidden = model.hidden(idx.to(device))[scored.to(device)]  # (n, C)
+            yield model.logits(hidden).float().cpu(), targets[scored]
+
+
+@torch.no_grad()
 def nanogpt_loss(
     model: LanguageModel,
     tokens: Tokens,

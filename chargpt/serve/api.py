@@ -77,10 +77,16 @@ class Options(BaseModel):
 
 class CompletionRequest(Options):
     prompt: str | list[int] | Annotated[list[str], Field(max_length=MOST_PROMPTS)] | list[list[int]] = ""
-    max_tokens: int = Field(16, ge=1, le=MOST_TOKENS)
+    max_tokens: int = Field(16, ge=0, le=MOST_TOKENS)  # 0 with echo alone: only what the prompt's tokens weigh
     logprobs: int | None = Field(None, ge=0, le=100)
     echo: bool = False
     suffix: Unsupported = None
+
+    @model_validator(mode="after")
+    def _something_to_do(self) -> "CompletionRequest":
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens is at least 1, or 0 with echo")
+        return self
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -148,6 +154,19 @@ def completion_logprobs(tokenizer: Tokenizer, piece: Piece, top: list[list[tuple
         "top_logprobs": [{tokenizer.decode([token]): finite(p) for token, p in row} for row in top] or None,
         "text_offset": offsets,
     }
+
+
+def scored_prompt(tokenizer: Tokenizer, tokens: list[int], scores: Delta) -> Any:
+    """Of a prompt as its echo has them: nothing comes before the first token, so that has none.
+
+    scores: of the others
+    """
+    found = completion_logprobs(tokenizer, Piece("", tokens[:1], [0.0], None), [], 0)
+    others = completion_logprobs(tokenizer, scores.piece, scores.top, len(found["tokens"][0]))
+    found = {name: (values or []) + (others[name] or []) for name, values in found.items()}
+    found["token_logprobs"][0] = None
+    found["top_logprobs"] = [None, *found["top_logprobs"]] if found["top_logprobs"] else None
+    return found
 
 
 def chat_logprobs(tokenizer: Tokenizer, delta: Delta) -> Any:

@@ -25,7 +25,7 @@ from chargpt.errors import ChargptError
 from chargpt.generation import Piece, prompt_tokens
 from chargpt.generation.generator import token_bias
 from chargpt.serve import api
-from chargpt.serve.engine import BusyError, Delta, Job, ModelEngine
+from chargpt.serve.engine import BusyError, Delta, Job, ModelEngine, scores
 
 MOST_BYTES = 2**20  # of a request's body
 FLUSH_SECONDS = 1 / 30  # from one write of a stream to the next
@@ -119,6 +119,7 @@ class Guard:
 class Server:
     def __init__(self, engines: Mapping[str, ModelEngine]) -> None:
         self.engines, self.metrics, self.started = engines, Metrics(engines), int(time.time())
+        self.scoring = asyncio.Semaphore(1)
 
     async def health(self, request: Request) -> Response:
         alive = all(engine.thread.is_alive() for engine in self.engines.values())
@@ -161,16 +162,31 @@ class Server:
         texts = [prompt if isinstance(prompt, str) else engine.tokenizer.decode(prompt) for prompt in asked_for.prompts]
         start = [texts[i // asked_for.n] if asked_for.echo else "" for i in range(len(asked.jobs))]
         shown = [len(text) for text in start]
+        weights: list[Any] = []  # of each prompt
+        if asked_for.echo and asked_for.logprobs is not None:
+            try:
+                weights = [await self._scored(engine, job.window, top) for job in asked.jobs[:: asked_for.n]]
+            except BaseException:
+                asked.give_up()
+                raise
 
         def choice(i: int, delta: Delta, first: bool) -> dict[str, Any]:
             logprobs = None
             if asked_for.logprobs is not None:
                 logprobs = api.completion_logprobs(engine.tokenizer, delta.piece, delta.top, shown[i])
+                if first and weights:
+                    before = weights[i // asked_for.n]
+                    logprobs = {name: (before[name] or []) + (logprobs[name] or []) or None for name in logprobs}
             text = (start[i] if first else "") + delta.piece.text
             shown[i] += len(delta.piece.text)
             return {"index": i, "text": text, "logprobs": logprobs, "finish_reason": delta.piece.finish_reason}
 
         return await self._answer(request, asked_for, asked, "text_completion", choice, choice)
+
+    async def _scored(self, engine: ModelEngine, tokens: list[int], top: int) -> Any:
+        async with self.scoring:  # one at a time: it takes the cores from the streams
+            found = await asyncio.to_thread(scores, engine.model, tokens, top, engine.device)
+        return api.scored_prompt(engine.tokenizer, tokens, found)
 
     async def chat(self, request: Request) -> Response:
         asked_for = await body(request, api.ChatRequest)
@@ -238,7 +254,11 @@ class Server:
                         seed=seed + i,
                     )
                     jobs.append(Job(window, config, deliver(len(jobs)), bias, top))
-            engine.submit(jobs)
+            if count:
+                engine.submit(jobs)
+            else:
+                for number in range(len(jobs)):
+                    events.put_nowait((number, Delta(Piece("", [], [], "length"), [])))
         except BusyError as problem:
             raise HTTPException(429, _error(str(problem), "rate_limit_error", code="busy")) from None
         except ChargptError as problem:

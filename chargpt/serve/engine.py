@@ -11,11 +11,13 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from chargpt.config import Engine as EngineName
 from chargpt.config import SampleConfig
 from chargpt.errors import ChargptError
+from chargpt.evaluation import token_logits
 from chargpt.generation import NativeDecoder, Piece, SampleText, choose_engine, stream_tokens
 from chargpt.generation.sampler import Drawn
 from chargpt.models import LanguageModel
@@ -23,6 +25,7 @@ from chargpt.tokenizers import Tokenizer
 
 BURST_SECONDS = 0.005  # the longest that a new stream, or one that is given up, waits for the others
 MOST_AT_ONCE = 64  # tokens of a burst
+SCORED = 64  # tokens that one window scores of a prompt
 
 
 class BusyError(ChargptError):
@@ -207,6 +210,18 @@ class ModelEngine:
             if piece.finish_reason is not None:
                 self._leave(slot)
             job.deliver(Delta(piece, top))
+
+
+def scores(
+    model: LanguageModel, tokens: list[int], top: int, device: torch.device | str = "cpu", stride: int = SCORED
+) -> Delta:
+    """What each of tokens[1:] weighs behind those before it, as the `sliding` protocol sees them."""
+    logprobs: list[float] = []
+    rows: list[list[tuple[int, float]]] = []
+    for logits, targets in token_logits(model, np.array(tokens), stride, device) if len(tokens) > 1 else ():
+        logprobs += logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0].tolist()
+        rows += likeliest(logits, top) if top else []
+    return Delta(Piece("", tokens[1:], logprobs, "length"), rows)
 
 
 def likeliest(logits: torch.Tensor, count: int) -> list[list[tuple[int, float]]]:

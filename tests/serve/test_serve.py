@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import numpy as np
 import openai
 import pytest
 import torch
@@ -21,6 +22,7 @@ import uvicorn
 
 from chargpt.checkpoint import save_checkpoint
 from chargpt.config import BigramConfig, SampleConfig, TransformerConfig
+from chargpt.evaluation import sliding_loss
 from chargpt.generation import Generator
 from chargpt.models import Ensemble, LanguageModel, build_model
 from chargpt.serve.app import build_app
@@ -197,6 +199,31 @@ def test_logprobs_are_the_models_own(served: Served) -> None:
         assert token in list(top)[:3]  # top_k
 
 
+@pytest.mark.parametrize("model", ["small", "two", "bigram"])
+def test_an_echo_without_more_scores_the_prompt_as_eval_does(served: Served, model: str) -> None:
+    text = "abcd efgh\nbad cab. " * 20  # many windows
+    client, engine = served.client(), served.engines[model]
+    for prompt in (text, text[:7], "a"):
+        found = client.completions.create(model=model, prompt=prompt, max_tokens=0, echo=True, logprobs=3)
+        logprobs = found.choices[0].logprobs
+        assert found.choices[0].text == "".join(logprobs.tokens) == prompt  # type: ignore[union-attr, arg-type]
+        first, *others = logprobs.token_logprobs  # type: ignore[union-attr, misc]
+        assert first is None
+        assert logprobs.text_offset == list(range(len(prompt)))  # type: ignore[union-attr]
+        assert found.usage.completion_tokens == 0  # type: ignore[union-attr]
+        if others:
+            loss = sliding_loss(engine.model, TOKENIZER.encode(prompt).astype(np.int64), 64)
+            assert -sum(others) / len(others) == pytest.approx(loss, abs=1e-4)
+            assert [len(top) for top in logprobs.top_logprobs[1:]] == [3] * len(others)  # type: ignore[union-attr, index]
+    options: Any = {"model": model, "prompt": "abc", "max_tokens": 20, "echo": True, "logprobs": 0, "seed": 1}
+    found = client.completions.create(**options)
+    tokens = found.choices[0].logprobs.tokens  # type: ignore[union-attr]
+    assert "".join(tokens) == found.choices[0].text  # type: ignore[arg-type]
+    assert found.choices[0].text.startswith("abc")
+    chunks = list(client.completions.create(**options, stream=True))
+    assert [token for chunk in chunks for token in chunk.choices[0].logprobs.tokens] == tokens
+
+
 def test_a_character_of_several_bytes_comes_whole(served: Served) -> None:
     smile = list("🙂é".encode())
     bias = {str(token): 50 for token in smile}
@@ -310,7 +337,8 @@ def test_too_many_are_told_to_wait(served: Served) -> None:
         ({"model": "small", "temperature": -1}, 400, "temperature: Input should be greater than or equal to 0"),
         ({"model": "small", "temperature": "nan"}, 400, "temperature:"),
         ({"model": "small", "n": 17}, 400, "n: Input should be less than or equal to 16"),
-        ({"model": "small", "max_tokens": 0}, 400, "max_tokens:"),
+        ({"model": "small", "max_tokens": 0}, 400, "max_tokens is at least 1, or 0 with echo"),
+        ({"model": "small", "max_tokens": -1}, 400, "max_tokens:"),
         ({"model": "small", "max_tokens": 10**9}, 400, "max_tokens:"),
         ({"model": "small", "stop": ["a"] * 5}, 400, "stop:"),
         ({"model": "small", "stop": [""]}, 400, "stop.0:"),
