@@ -9,7 +9,7 @@ export DO_NOT_TRACK := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro ablation plots test test-long fuzz mutants lint bench gpu gpu-rehearsal sanitize cuda-build ui clean
+.PHONY: help setup repro ablation serve plots test test-long fuzz mutants lint bench gpu gpu-rehearsal sanitize cuda-build ui clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,6 +34,9 @@ repro: $(READY)  ## run the pipeline: download, tokenize, split, train, sample, 
 ablation: $(READY)  ## the same for every variant of params.yaml with three seeds, as far as it is missing
 	$(BIN)/python -m pipelines.tools.ablation
 	@$(BIN)/python -m pipelines.tools.summary
+
+serve: $(READY)  ## serve the best model of the pipeline and the bigram to any OpenAI client; PORT=8000
+	$(BIN)/chargpt serve modern=models/modern-s1 bigram=models/bigram-s1 --port $(or $(PORT),8000)
 
 plots: $(READY)  ## draw the curves with DVC, as a page that needs no network
 	-@$(BIN)/python -m pipelines.tools.plots_template
@@ -69,6 +72,7 @@ bench: $(READY)  ## time the kernels, generation and a training step
 	$(BIN)/python -m benchmarks.elementwise
 	$(BIN)/python -m benchmarks.generation
 	$(BIN)/python -m benchmarks.decode
+	$(BIN)/python -m benchmarks.serve
 	$(BIN)/python -m benchmarks.training_step --compile
 
 # With the Python that is there, because it has the torch that fits the GPU: .venv's where there is one, else $(PYTHON).
