@@ -93,7 +93,7 @@ def _announce(signal: str) -> None:
 def _say_what_begins(trainer: Trainer) -> None:
     run = trainer.run
     if trainer.resumed:
-        say(f"going on from step {trainer.state.step} in {run.folder}")
+        say(f"resuming from step {trainer.state.step} in {run.folder}")
     for line in trainer.runtime.reasons:
         say(line)
     expected = estimate(trainer)

@@ -628,10 +628,10 @@ def test_a_signal_to_the_command_saves_and_the_same_command_finishes(name: str, 
     assert 0 < int(step[1]) < 4000
     process = start(tmp_path, *arguments)  # and on, to be stopped again
     line = ""
-    while "going on from step" not in line:
+    while "resuming from step" not in line:
         line = process.stderr.readline()  # type: ignore[union-attr]
         assert line, process.communicate()
-    assert f"going on from step {step[1]} " in line
+    assert f"resuming from step {step[1]} " in line
     process.send_signal(signal.SIGKILL)
     process.communicate()
 

@@ -107,7 +107,7 @@ class Guard:
     def _problem(self, path: str, headers: dict[bytes, bytes]) -> Response | None:
         host = headers.get(b"host", b"").decode("latin-1")
         name = host.rsplit(":", 1)[0] if not host.endswith("]") and host.count(":") != 0 else host
-        if name not in self.hosts:
+        if name.lower() not in self.hosts:
             return error("this server does not answer for that Host; start it with --allow-host", 400, code="bad_host")
         if self.api_key is not None and path != "/health":
             given = headers.get(b"authorization", b"")
@@ -165,6 +165,8 @@ class Server:
         weights: list[Any] = []  # of each prompt
         if asked_for.echo and asked_for.logprobs is not None:
             try:
+                if any(len(job.window) > api.MOST_TOKENS for job in asked.jobs):
+                    raise HTTPException(400, _error(f"at most {api.MOST_TOKENS:,} tokens of a prompt can be scored"))
                 weights = [await self._scored(engine, job.window, top) for job in asked.jobs[:: asked_for.n]]
             except BaseException:
                 asked.give_up()

@@ -219,7 +219,7 @@ def test_an_interrupted_stage_goes_on_under_its_own_mlflow_run(project: Path) ->
 
     done = run(project, *command)
     assert done.returncode == 0, done.stderr
-    assert "going on from step" in done.stderr
+    assert "resuming from step" in done.stderr
     (finished,) = [run for run in tracked_runs(project) if run.data.tags["variant"] == "slow"]
     assert finished.info.run_id == stopped.info.run_id
     assert finished.info.status == "FINISHED"

@@ -215,6 +215,8 @@ def test_an_echo_without_more_scores_the_prompt_as_eval_does(served: Served, mod
             loss = sliding_loss(engine.model, TOKENIZER.encode(prompt).astype(np.int64), 64)
             assert -sum(others) / len(others) == pytest.approx(loss, abs=1e-4)
             assert [len(top) for top in logprobs.top_logprobs[1:]] == [3] * len(others)  # type: ignore[union-attr, index]
+    with pytest.raises(openai.BadRequestError, match="at most 100,000 tokens of a prompt can be scored"):
+        client.completions.create(model=model, prompt="a" * 100_001, max_tokens=0, echo=True, logprobs=0)
     options: Any = {"model": model, "prompt": "abc", "max_tokens": 20, "echo": True, "logprobs": 0, "seed": 1}
     found = client.completions.create(**options)
     tokens = found.choices[0].logprobs.tokens  # type: ignore[union-attr]
@@ -391,7 +393,7 @@ def test_a_foreign_host_is_refused(served: Served) -> None:
     for host in ("example.org", "example.org:8000", "127.0.0.1.example.org", "", "[::1]x"):
         found = httpx2.get(f"{served.url}/v1/models", headers={"Host": host})
         assert found.status_code == 400
-    for host in ("localhost", "localhost:1", "127.0.0.1:8000", "[::1]:8000", "[::1]"):
+    for host in ("localhost", "LocalHost", "localhost:1", "127.0.0.1:8000", "[::1]:8000", "[::1]"):
         assert httpx2.get(f"{served.url}/v1/models", headers={"Host": host}).status_code == 200
     found = httpx2.get(f"{served.url}/v1/models", headers={"Origin": "http://example.org"})
     assert not any(name.lower().startswith("access-control") for name in found.headers)
