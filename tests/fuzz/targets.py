@@ -4,6 +4,7 @@ It returns what became of it ("taken", "refused"), and raises for anything else:
 result that is not the reference's, a file of the user's that changed.
 """
 
+import asyncio
 import contextlib
 import copy
 import io
@@ -39,6 +40,8 @@ from chargpt.errors import ChargptError
 from chargpt.generation import NativeDecoder
 from chargpt.generation.native import Precision
 from chargpt.models import build_model
+from chargpt.serve.app import build_app
+from chargpt.serve.engine import ModelEngine
 from chargpt.text import read_text
 from chargpt.tokenizers import build_tokenizer, load_tokenizer
 from checkpoint.test_checkpoint import reseal
@@ -530,6 +533,96 @@ class Decoder:
         return TAKEN
 
 
+class Requests:
+    """What a client may send to the server: fields with other values, bodies with other bytes, other headers."""
+
+    BODIES: ClassVar[tuple[dict[str, Any], ...]] = (
+        {
+            "model": "m",
+            "prompt": ["to", "be"],
+            "max_tokens": 5,
+            "n": 2,
+            "logprobs": 2,
+            "echo": True,
+            "stop": ["e", "x"],
+        },
+        {"model": "m", "prompt": [1, 2], "max_tokens": 3, "stream": True, "stream_options": {"include_usage": True}},
+        {"model": "m", "max_tokens": 2, "temperature": 0.5, "top_p": 0.5, "seed": 1, "logit_bias": {"1": 2.0}},
+        {
+            "model": "m",
+            "max_tokens": 2,
+            "top_k": 1,
+            "min_p": 0.1,
+            "allow": "tobe",
+            "ban": "r",
+            "best_of": 1,
+            "user": "u",
+        },
+        {"model": "m", "messages": [{"role": "user", "content": "to be"}], "max_tokens": 4, "logprobs": True},
+        {"model": "m", "messages": [{"role": "system", "content": [{"type": "text", "text": "é"}]}], "stream": True},
+    )
+    PATHS = (
+        "/v1/completions",
+        "/v1/chat/completions",
+        "/v1/models",
+        "/v1/models/m",
+        "/metrics",
+        "/health",
+        "/x",
+        "/../m",
+    )
+
+    def __init__(self, folder: Path) -> None:
+        tokenizer = build_tokenizer(TokenizerConfig(), runs.words())
+        config = TransformerConfig(block_size=8, n_layer=1, n_head=1, n_embd=8)
+        engine = ModelEngine(build_model(config, tokenizer.vocab_size, 1).eval(), tokenizer, slots=3)
+        self.app, self.loop = build_app({"m": engine}), asyncio.new_event_loop()
+
+    def once(self, rng: random.Random) -> str:
+        content = rng.choice(self.BODIES)
+        path = "/v1/chat/completions" if "messages" in content else "/v1/completions"
+        if rng.random() < 0.8:
+            content = changed_value(rng, content)
+        body = json.dumps(content).encode()
+        if rng.random() < 0.2:
+            body = changed_bytes(rng, body)
+        headers = {b"host": b"localhost", b"content-type": b"application/json"}
+        method = "POST"
+        if rng.random() < 0.1:
+            path, method = rng.choice(self.PATHS), rng.choice(["GET", "POST", "PUT", "HEAD"])
+        if rng.random() < 0.1:
+            headers[rng.choice(list(headers))] = rng.choice(
+                [b"", b"x", b"localhost:1", b"text/plain", rng.randbytes(9)]
+            )
+        status, answer = self.loop.run_until_complete(self._ask(method, path, headers, body))
+        assert status in (200, 400, 404, 405, 413, 415, 429), f"{status}: {answer[:200]!r}"
+        assert b"Traceback" not in answer
+        if status != 200 and method != "HEAD":
+            assert json.loads(answer)["error"]["message"]
+        return TAKEN if status == 200 else REFUSED
+
+    async def _ask(self, method: str, path: str, headers: dict[bytes, bytes], body: bytes) -> tuple[int, bytes]:
+        """Through the server's own interface to the web, without a socket."""
+        sent, status, answer = False, 0, b""
+
+        async def receive() -> dict[str, Any]:
+            nonlocal sent
+            if sent:
+                await asyncio.sleep(60)  # the client waits
+            sent = True
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        async def send(message: Any) -> None:
+            nonlocal status, answer
+            status, answer = message.get("status", status), answer + message.get("body", b"")
+
+        scope = {"type": "http", "method": method, "path": path, "raw_path": path.encode(), "query_string": b""}
+        scope |= {"headers": list(headers.items()), "http_version": "1.1", "scheme": "http", "root_path": ""}
+        scope |= {"client": ("127.0.0.1", 1), "server": ("127.0.0.1", 2), "asgi": {"version": "3.0"}}
+        await self.app(scope, receive, send)  # type: ignore[arg-type]
+        return status, answer
+
+
 class Kills:
     """A run killed at random moments, again and again, ends with the bits of one that was not."""
 
@@ -565,5 +658,6 @@ TARGETS: dict[str, Any] = {
     "commands": Commands,
     "kernels": Kernels,
     "decoder": Decoder,
+    "requests": Requests,
     "kills": Kills,
 }

@@ -17,6 +17,7 @@ PIECES = {
     "commands": 60,
     "kernels": 600,
     "decoder": 60,
+    "requests": 400,
     "kills": 2,
 }
 
