@@ -192,7 +192,7 @@ def test_the_draws_are_those_of_torch(name: str, options: dict[str, Any], biased
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_streams_come_and_go_and_none_notices(precision: native.Precision) -> None:
-    """A thousand schedules: whoever else runs, from whenever on, a stream writes what it writes alone."""
+    """A thousand schedules, half of them here: whoever else runs, a stream writes what it writes alone."""
     model, generator = made("modern"), torch.Generator().manual_seed(1)
     requests = []
     for number in range(8):
@@ -205,18 +205,18 @@ def test_streams_come_and_go_and_none_notices(precision: native.Precision) -> No
         )
         bias = torch.randn(V, generator=generator) if number % 4 == 1 else None
         requests.append((tokens(1 + 5 * (number % 4), seed=number % 2), config, number, bias))
-    length, wanted = 24, []
+    length, wanted = 20, []
     for request in requests:
         decoder = NativeDecoder(model, 1, precision, threads=1)
         decoder.join(0, *request)
         drawn = decoder.burst(length, 1)
         wanted.append((drawn.tokens[:, 0].tolist(), drawn.logprobs[:, 0].tolist()))
-    decoder = NativeDecoder(model, 5, precision, threads=3)
+    decoder = NativeDecoder(model, 5, precision, threads=2)
 
     def chance(most: int) -> int:
         return int(torch.randint(most, (), generator=generator))
 
-    for _ in range(1000):
+    for _ in range(500):
         waiting = torch.randperm(len(requests), generator=generator).tolist()[: 1 + chance(8)]
         running: dict[int, tuple[int, list[int], list[float]]] = {}  # by slot: the request, what it got
         while waiting or running:
@@ -227,7 +227,7 @@ def test_streams_come_and_go_and_none_notices(precision: native.Precision) -> No
                 decoder.join(slot, *requests[running[slot][0]])
             if not running:
                 continue
-            drawn = decoder.burst(1 + chance(9), 1 + chance(3) * (chance(8) == 0))
+            drawn = decoder.burst(1 + chance(9), 1 + (chance(10) == 0))
             assert decoder.running == sorted(running)
             for column, slot in enumerate(sorted(running)):
                 number, got, logprobs = running[slot]
