@@ -74,7 +74,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 # ----------------------------------------------------------------------------------------------------------------- help
 
 
-@pytest.mark.parametrize("command", ["train", "sample", "eval", "compare", "info"])
+@pytest.mark.parametrize("command", ["train", "sample", "serve", "eval", "compare", "info"])
 def test_help_of_each_command_has_examples_that_parse(command: str, chargpt: Chargpt) -> None:
     code, out, err = chargpt(command, "--help")
     assert (code, err) == (0, "")
@@ -95,7 +95,7 @@ def test_help_names_every_preset(chargpt: Chargpt) -> None:
 def test_help_lists_the_commands_and_version_is_the_packages(chargpt: Chargpt) -> None:
     code, out, _ = chargpt("--help")
     assert code == 0
-    assert all(f"    {command} " in out for command in ("train", "sample", "eval", "compare", "info"))
+    assert all(f"    {command} " in out for command in ("train", "sample", "serve", "eval", "compare", "info"))
     assert chargpt("--version")[:2] == (0, f"chargpt {__version__}\n")
 
 

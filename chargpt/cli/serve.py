@@ -67,12 +67,13 @@ def run(arguments: argparse.Namespace) -> None:
         from chargpt.serve.app import LOOPBACK as ANSWERED
         from chargpt.serve.app import build_app
         from chargpt.serve.engine import ModelEngine
-        from chargpt.serve.listen import listen
+        from chargpt.serve.listen import bind, listen
     except ModuleNotFoundError as error:
         raise ConfigError(f"serving needs {error.name}: pip install 'chargpt[serve]'") from None
     from chargpt.checkpoint import load_ensemble
     from chargpt.runtime import resolve_device
 
+    listener = bind(arguments.host, arguments.port)  # what cannot be had is said before anything is loaded
     device = resolve_device(arguments.device)
     engines = {}
     for name, paths in named.items():
@@ -87,9 +88,10 @@ def run(arguments: argparse.Namespace) -> None:
             engine.close()
 
     try:
-        listen(app, arguments.host, arguments.port, close)
+        listen(app, listener, close)
     finally:
         close()
+        listener.close()
 
 
 def split(given: str) -> tuple[str, list[Path]]:

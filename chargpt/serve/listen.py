@@ -29,11 +29,8 @@ class _Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
-def listen(app: ASGIApp, host: str, port: int, cut: Callable[[], None]) -> None:
-    """Serve until SIGINT or SIGTERM. Prints the address. cut: ends all streams
-
-    Raises ConfigError when the address cannot be had.
-    """
+def bind(host: str, port: int) -> socket.socket:
+    """A socket at an address, which nobody is answered at yet. Raises ConfigError when it cannot be had."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         listener = socket.socket(found[0], found[1])
@@ -42,8 +39,13 @@ def listen(app: ASGIApp, host: str, port: int, cut: Callable[[], None]) -> None:
     except OSError as error:
         taken = "; another program has that port, choose one with --port" if error.errno == errno.EADDRINUSE else ""
         raise ConfigError(f"cannot listen at {host} port {port}: {error.strerror}{taken}") from None
-    shown = f"[{host}]" if ":" in host else host
-    print(f"serving at http://{shown}:{listener.getsockname()[1]}, until Ctrl-C", flush=True)
+    return listener
+
+
+def listen(app: ASGIApp, listener: socket.socket, cut: Callable[[], None]) -> None:
+    """Print the address and serve until SIGINT or SIGTERM. cut: ends all streams"""
+    host, port, *_ = listener.getsockname()
+    print(f"serving at http://{f'[{host}]' if ':' in host else host}:{port}, until Ctrl-C", flush=True)
     config = uvicorn.Config(
         app, log_level="error", access_log=False, timeout_graceful_shutdown=int(FINISHING) + 1, server_header=False
     )

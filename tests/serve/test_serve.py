@@ -20,6 +20,7 @@ import pytest
 import torch
 import uvicorn
 
+from chargpt import cli
 from chargpt.checkpoint import save_checkpoint
 from chargpt.config import BigramConfig, SampleConfig, TransformerConfig
 from chargpt.evaluation import sliding_loss
@@ -456,6 +457,18 @@ def test_a_broken_model_is_an_error_of_the_server() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------- the command
+
+
+def test_without_its_extra_it_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in [name for name in sys.modules if name.startswith("chargpt.serve")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    monkeypatch.setattr(sys, "argv", ["chargpt", "serve", "mine"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert capsys.readouterr().err == "chargpt: error: serving needs uvicorn: pip install 'chargpt[serve]'\n"
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
