@@ -2,9 +2,9 @@
 
 Cosmic Ray knows the places of the Python code and the changes; those of the C++ code are in tests/mutants/native.py. A
 seed chooses places at random, and at each of them one change, which is made in a copy of the project under build/.
-The tests that run the changed line are run there, the shortest first; which those are is found once, by Coverage.py.
-Where it knows of none (a constant, what runs in a process of its own), the tests beside the changed file run, then
-those of whole runs and commands. What no test notices is printed as a diff.
+The tests that run the changed line are run there, or for a line that runs at the import those that run any line of the
+file, the shortest first; which those are is found once, by Coverage.py. Where it knows of none (what runs in a process of
+its own), the tests beside the changed file run, then those of whole runs and commands. What no test notices is printed as a diff.
 
 What was tried is kept in tests/mutants/results.jsonl, so that another run with the same seed resumes behind it; a file
 that changed since is tried again, and so is what no test noticed, if the tests changed. Changes that change nothing
@@ -183,6 +183,8 @@ class Covering:
             return ()
         by_line = self.lines[path]
         found = {test for number in statement(source, line) for test in by_line.get(str(number), [])}
+        if not found:  # it runs when the file is imported
+            found = {test for tests in by_line.values() for test in tests}
         chosen: list[str] = []
         budget = ENOUGH
         for test in sorted(found, key=lambda test: (self.seconds[test], test)):
