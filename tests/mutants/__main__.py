@@ -3,8 +3,9 @@
 Cosmic Ray knows the places of the Python code and the changes; those of the C++ code are in tests/mutants/native.py. A
 seed chooses places at random, and at each of them one change, which is made in a copy of the project under build/.
 The tests that run the changed line are run there, or for a line that runs at the import those that run any line of the
-file, the shortest first; which those are is found once, by Coverage.py. Where it knows of none (what runs in a process of
-its own), the tests beside the changed file run, then those of whole runs and commands. What no test notices is printed as a diff.
+file; which those are is found once, by Coverage.py. Those beside the changed file come first, then the shortest. Where it
+knows of none (what runs in a process of its own), the tests beside the file run, then those of whole runs and commands.
+What no test notices is printed as a diff.
 
 What was tried is kept in tests/mutants/results.jsonl, so that another run with the same seed resumes behind it; a file
 that changed since is tried again, and so is what no test noticed, if the tests changed. Changes that change nothing
@@ -39,7 +40,7 @@ EQUIVALENT = Path(__file__).with_name("equivalent.txt")
 PYTHON = ROOT / ".venv" / "bin" / "python"
 SLOWER = 4  # times as long as unchanged code may tests take before they count as hung
 LEAST = 60.0  # seconds that they always get
-ENOUGH = 150.0  # seconds of tests for one change, so that a line of every run does not cost the whole suite
+ENOUGH, MOST = 90.0, 200  # seconds of tests for one change, and tests, so that it does not cost the whole suite
 
 # The tests that stand beside a room's code; by default the folder or file of its name.
 NEAR = {
@@ -178,7 +179,10 @@ class Covering:
     lines: dict[str, dict[str, list[str]]]  # file, line, tests
 
     def tests(self, path: str, source: str, line: int) -> tuple[str, ...]:
-        """The tests that run a line's statement, the shortest first, as many as take ENOUGH seconds."""
+        """The tests that run a line's statement: those beside its file first, then the shortest.
+
+        At most MOST of them, as many as take ENOUGH seconds.
+        """
         if path not in self.lines:  # C++, and what no test runs in its own process
             return ()
         by_line = self.lines[path]
@@ -187,8 +191,9 @@ class Covering:
             found = {test for tests in by_line.values() for test in tests}
         chosen: list[str] = []
         budget = ENOUGH
-        for test in sorted(found, key=lambda test: (self.seconds[test], test)):
-            if (budget := budget - self.seconds[test]) < 0 and chosen:
+        near = beside(path)
+        for test in sorted(found, key=lambda test: (not test.startswith(near), self.seconds[test], test)):
+            if chosen and ((budget := budget - self.seconds[test]) < 0 or len(chosen) == MOST):
                 break
             chosen.append(test)
         return tuple(chosen)
@@ -325,20 +330,21 @@ def build(tree: Path) -> bool:
 
 def suites(path: str, tree: Path) -> Iterator[tuple[str, ...]]:
     """The tests to run, those that most likely fail first."""
-    room = Path(path).parts[1].removesuffix(".py")
-    if path.startswith("pipelines/"):
-        yield ("tests/pipeline",)
-        return
-    if path.startswith("csrc/"):
-        yield ("tests/kernels", "--ignore=tests/kernels/triton")
-        return
-    if "/triton/" in path:
-        room = "triton"
-    near = NEAR.get(room, [f"tests/{room}"])
+    near = beside(path)
     if all((tree / test).exists() for test in near if not test.startswith("-")):
-        yield tuple(near)
-    if room not in ("kernels", "triton"):
+        yield near
+    if not path.startswith(("pipelines/", "csrc/", "chargpt/kernels/")):
         yield tuple(test for test in FAR if test not in near)
+
+
+def beside(path: str) -> tuple[str, ...]:
+    """The tests of a file's room, as words for pytest."""
+    if path.startswith("pipelines/"):
+        return ("tests/pipeline",)
+    if path.startswith("csrc/"):
+        return ("tests/kernels", "--ignore=tests/kernels/triton")
+    room = "triton" if "/triton/" in path else Path(path).parts[1].removesuffix(".py")
+    return tuple(NEAR.get(room, [f"tests/{room}"]))
 
 
 def run(tree: Path, tests: tuple[str, ...], seconds: float) -> tuple[str, str | None]:
