@@ -28,6 +28,7 @@ from chargpt.config import (
     load_train_config,
     override,
     parse,
+    schema,
 )
 from chargpt.errors import ConfigError, nearest
 
@@ -440,3 +441,9 @@ def test_any_text_after_set_is_taken_or_is_a_config_error(text: str) -> None:
     for assignment in (text, f"max_steps={text}", f"model.kind={text}"):
         message = refusal(override, TrainConfig(), [assignment])
         assert message is None or "--set" in message
+
+
+def test_a_config_cannot_change_under_whoever_holds_it() -> None:
+    found = [part for part in vars(schema).values() if isinstance(part, type) and dataclasses.is_dataclass(part)]
+    assert len(found) > 8
+    assert all(part.__dataclass_params__.frozen for part in found)  # type: ignore[attr-defined]

@@ -1,5 +1,6 @@
 """The page that compares variants, as text: what it says, what it escapes, and where its marks lie."""
 
+import dataclasses
 import json
 import math
 import re
@@ -48,6 +49,15 @@ def test_every_protocol_is_there_with_mean_and_deviation() -> None:
     text = text_of(render([variant("a", [1.0, 1.2, 1.4])], PROVENANCE, {}, {}))
     for loss in ("1.2000 ± 0.2000", "1.1900 ± 0.2000", "1.2100 ± 0.2000"):
         assert text.count(loss) == 2  # in the ladder and in the table
+
+
+def test_of_what_a_run_cost_time_alone_has_a_deviation() -> None:
+    costs = [
+        {"steps": 100 * n, "tokens": n * 10**6, "seconds": 5.0 * n, "tokens_per_second": 70.0 * n} for n in (1, 2, 3)
+    ]
+    rows = [row("a", n, 1.0 + n, **cost) for n, cost in enumerate(costs)]
+    text = text_of(render([dataclasses.replace(variant("a", [2.0, 3.0, 4.0]), rows=rows)], PROVENANCE, {}, {}))
+    assert "804,096 2,000,000 200 10.0 ± 50.0% 140 ± 50.0% 3 cpp" in text
 
 
 def test_one_seed_has_no_deviation_and_the_first_variant_no_gain() -> None:

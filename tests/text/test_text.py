@@ -549,6 +549,19 @@ def test_a_folder_is_read_in_the_order_of_its_paths(tmp_path: Path, capsys: pyte
     assert "byte order mark removed: " + str(tmp_path / "c/d/e") in notes
 
 
+@pytest.mark.parametrize(("count", "more"), [(1, ""), (3, ""), (4, " and 1 more"), (1203, " and 1,200 more")])
+def test_notices_name_three_files_and_count_the_others(
+    count: int, more: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text").write_text("to be")
+    for number in range(count):
+        (tmp_path / f"picture-{number:04d}").write_bytes(b"\0")
+    assert read_text(tmp_path) == "to be"
+    (note,) = capsys.readouterr().err.splitlines()
+    named = ", ".join(str(tmp_path / f"picture-{number:04d}") for number in range(min(count, 3)))
+    assert note.endswith(f"not a text file, left out: {named}{more}")
+
+
 def test_a_folder_without_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "picture.png").write_bytes(b"\x89PNG\0")
     with pytest.raises(CorpusError, match="holds no text"):

@@ -212,6 +212,17 @@ def test_no_compilation_for_another_number_of_rows(compiled: list[Launch]) -> No
     assert kernels(0, 17, 16_384, 16_385, 8_400_000, 2**31 - 1) == few_and_more_than_32_bits
 
 
+def test_tiles_are_those_that_triton_has() -> None:
+    tiles = [config for configs in attention.CANDIDATES.values() for config in configs]
+    tiles += [config for pairs in attention.TILES.values() for _, config in pairs]
+    assert len(tiles) > 30
+    for config in tiles:
+        for number in (config.num_warps, *config.kwargs.values()):
+            assert number == 2 ** (number.bit_length() - 1), config
+        assert 1 <= config.num_warps <= 16
+        assert 1 <= config.num_stages <= 3
+
+
 @pytest.mark.parametrize(("H", "T", "S", "p"), [(8, 1, 1, 0.1), (8, 17, 33, 0.3), (3, 512, 512, 0.9)])
 def test_no_compilation_for_another_length_or_seed(
     compiled: list[Launch], monkeypatch: pytest.MonkeyPatch, H: int, T: int, S: int, p: float
