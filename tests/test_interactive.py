@@ -4,6 +4,7 @@ import os
 import pty
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -163,6 +164,15 @@ def test_columns_show_all_at_the_end_and_the_newest_lines_meanwhile(
     newest = capsys.readouterr().out.splitlines()
     assert len(newest) == 19
     assert newest[-2].startswith("39")
+
+
+def test_pictures_are_few_however_fast_the_pieces_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    board, pictures = Columns(1), []
+    monkeypatch.setattr(board, "_table", lambda height=None: pictures.append(height) or "")
+    start = time.monotonic()
+    board.show([piece("a")] for _ in range(5000))
+    assert len(pictures) <= 3 + 15 * (time.monotonic() - start)
+    assert board.texts == ["a" * 5000]
 
 
 def test_a_narrow_terminal_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

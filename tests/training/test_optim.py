@@ -97,7 +97,7 @@ def test_a_few_steps_lower_the_loss_and_move_everything(
 
 def test_muon_on_stacked_matrices_is_torchs_muon() -> None:
     generator = torch.Generator().manual_seed(0)
-    shapes = [(24, 8), (8, 8), (32, 8), (8, 32), (1, 8), (8, 1)] * 3 + [(5, 7)]  # three layers, and one of a kind
+    shapes = [(24, 8), (8, 8), (32, 8), (8, 32), (1, 8), (8, 1)] * 3 + [(5, 7), (15, 8)]  # three layers, and others
     ours, theirs = ([nn.Parameter(torch.randn(shape)) for shape in shapes] for _ in range(2))
     for a, b in zip(ours, theirs, strict=True):
         b.data.copy_(a.data)
