@@ -536,6 +536,7 @@ def test_prepared_charts_take_metrics_that_a_run_logs_together(client: Any) -> N
     view = json.loads(client.get_experiment_by_name("chargpt").tags["mlflow.sharedViewState.chargpt"])
     assert view["groupBy"]["groupByKeys"] == [{"mode": "tag", "groupByData": "variant"}]
     assert view["useGroupedValuesInCharts"]  # one line for a variant's seeds
+    assert all(chart["useGlobalLineSmoothing"] for chart in view["compareRunCharts"])
     [section] = view["compareRunSections"]
     shown = [(c["metricSectionId"], c["metricKey"], c["selectedXAxisMetricKey"]) for c in view["compareRunCharts"]]
     assert shown == [(section["uuid"], "val/loss", x) for x in ("val/seconds", "val/tokens")]

@@ -300,6 +300,10 @@ def test_a_run_that_overfits_stops_at_patience_warns_once_and_delivers_its_best(
     err = capsys.readouterr().err
     history = runs.curve(tmp_path / "run" / "last")
     losses = [(step, point["val/loss"]) for step, point in history if "val/loss" in point]
+    for step, metrics_of_step in history:
+        for name in {"train/tokens", "val/tokens"} & metrics_of_step.keys():
+            assert metrics_of_step[name] == step * config.tokens_per_step
+    assert {name for _, point in history for name in point} >= {"train/tokens", "val/tokens"}
     best = min(losses, key=lambda pair: pair[1])[0]
     assert config.patience is not None
     assert metrics["best_step"] == best < metrics["steps"] < config.max_steps
