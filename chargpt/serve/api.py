@@ -3,6 +3,7 @@
 What a small model cannot do is refused with a reason, not ignored: a field that is not here is an error.
 """
 
+import base64
 import math
 import secrets
 import time
@@ -12,6 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from chargpt.generation import Piece
 from chargpt.serve.engine import Delta
+from chargpt.serve.look import Place
 from chargpt.tokenizers import Tokenizer
 
 MOST_ANSWERS, MOST_PROMPTS, MOST_TOKENS = 16, 32, 100_000
@@ -53,6 +55,7 @@ class Options(BaseModel):
     min_p: float | None = Field(None, ge=0, le=1)
     allow: str | None = Field(None, min_length=1)
     ban: str = ""
+    return_token_ids: bool = False  # vLLM's name
     # what is refused unless it says nothing
     presence_penalty: Unsupported = None
     frequency_penalty: Unsupported = None
@@ -95,6 +98,18 @@ class CompletionRequest(Options):
             return [self.prompt]
         ids = [part for part in self.prompt if isinstance(part, int)]
         return [ids] if ids else [part for part in self.prompt if not isinstance(part, int)]
+
+
+class LookRequest(BaseModel):
+    """Ours alone: one place of a text, for the page."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    model: str
+    prompt: str | Annotated[list[int], Field(min_length=1, max_length=MOST_TOKENS)] = ""
+    written: list[int] = Field([], max_length=MOST_TOKENS)  # by the model, behind the prompt
+    top: int = Field(10, ge=1, le=1000)
+    attention: bool = False
 
 
 class TextPart(BaseModel):
@@ -167,6 +182,31 @@ def scored_prompt(tokenizer: Tokenizer, tokens: list[int], scores: Delta) -> Any
     found["token_logprobs"][0] = None
     found["top_logprobs"] = [None, *found["top_logprobs"]] if found["top_logprobs"] else None
     return found
+
+
+def place(tokenizer: Tokenizer, place: Place, top: int, attention: bool) -> dict[str, Any]:
+    """Attention by layer, head and token is a byte each, in steps of 1/255, in base64: a fifth of what numbers take."""
+    best = place.logprobs.topk(min(top, len(place.logprobs)))
+    answer: dict[str, Any] = {
+        "object": "chargpt.look",
+        "tokens": place.window,
+        "texts": texts(tokenizer, place.window),
+        "next": [
+            {"token": token, "text": tokenizer.decode([token]), "logprob": finite(logprob)}
+            for token, logprob in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        ],
+    }
+    if attention and place.attention is not None:
+        layers, heads, _ = place.attention.shape
+        weights = base64.b64encode((255 * place.attention).round().byte().numpy().tobytes()).decode()
+        answer["attention"] = {"layers": layers, "heads": heads, "weights": weights}
+    return answer
+
+
+def texts(tokenizer: Tokenizer, tokens: list[int]) -> list[str]:
+    """What each token adds to the text: a character of several tokens comes whole with its last one."""
+    decoder = tokenizer.decoder()
+    return [decoder([token]) for token in tokens]
 
 
 def chat_logprobs(tokenizer: Tokenizer, delta: Delta) -> Any:

@@ -26,6 +26,9 @@ from chargpt.generation import Piece, prompt_tokens
 from chargpt.generation.generator import token_bias
 from chargpt.serve import api
 from chargpt.serve.engine import BusyError, Delta, Job, ModelEngine, scores
+from chargpt.serve.look import look
+from chargpt.serve.page import FILES, answer_with
+from chargpt.tokenizers import Tokenizer
 
 MOST_BYTES = 2**20  # of a request's body
 FLUSH_SECONDS = 1 / 30  # from one write of a stream to the next
@@ -85,6 +88,8 @@ def build_app(
         Route("/v1/models/{name:path}", server.model),
         Route("/v1/completions", server.completions, methods=["POST"]),
         Route("/v1/chat/completions", server.chat, methods=["POST"]),
+        Route("/look", server.look, methods=["POST"]),
+        *(Route(path, answer_with(name)) for path, name in FILES.items()),
     ]
     handlers: Any = {HTTPException: http_error, Exception: bug}
     return Guard(Starlette(routes=routes, exception_handlers=handlers), api_key, hosts)
@@ -109,7 +114,7 @@ class Guard:
         name = host.rsplit(":", 1)[0] if not host.endswith("]") and host.count(":") != 0 else host
         if name.lower() not in self.hosts:
             return error("this server does not answer for that Host; start it with --allow-host", 400, code="bad_host")
-        if self.api_key is not None and path != "/health":
+        if self.api_key is not None and path not in ("/health", *FILES):  # the page asks for the key
             given = headers.get(b"authorization", b"")
             if not hmac.compare_digest(given, b"Bearer " + self.api_key.encode()):
                 return error("the API key is missing or wrong", 401, "authentication_error", code="invalid_api_key")
@@ -162,6 +167,7 @@ class Server:
         texts = [prompt if isinstance(prompt, str) else engine.tokenizer.decode(prompt) for prompt in asked_for.prompts]
         start = [texts[i // asked_for.n] if asked_for.echo else "" for i in range(len(asked.jobs))]
         shown = [len(text) for text in start]
+        decoders = [engine.tokenizer.decoder() for _ in asked.jobs]
         weights: list[Any] = []  # of each prompt
         if asked_for.echo and asked_for.logprobs is not None:
             try:
@@ -181,7 +187,14 @@ class Server:
                     logprobs = {name: (before[name] or []) + (logprobs[name] or []) or None for name in logprobs}
             text = (start[i] if first else "") + delta.piece.text
             shown[i] += len(delta.piece.text)
-            return {"index": i, "text": text, "logprobs": logprobs, "finish_reason": delta.piece.finish_reason}
+            found = {"index": i, "text": text, "logprobs": logprobs, "finish_reason": delta.piece.finish_reason}
+            if asked_for.return_token_ids:
+                found["token_ids"] = delta.piece.tokens
+                found["token_texts"] = [decoders[i]([token]) for token in delta.piece.tokens]
+                if first:
+                    found["prompt_token_ids"] = asked.jobs[i].window
+                    found["prompt_token_texts"] = api.texts(engine.tokenizer, asked.jobs[i].window)
+            return found
 
         return await self._answer(request, asked_for, asked, "text_completion", choice, choice)
 
@@ -189,6 +202,20 @@ class Server:
         async with self.scoring:  # one at a time: it takes the cores from the streams
             found = await asyncio.to_thread(scores, engine.model, tokens, top, engine.device)
         return api.scored_prompt(engine.tokenizer, tokens, found)
+
+    async def look(self, request: Request) -> Response:
+        asked_for = await body(request, api.LookRequest)
+        engine = self._engine(asked_for.model)
+        try:
+            tokens = known_tokens(engine, asked_for.prompt)
+            if asked_for.written:
+                require_known(engine, asked_for.written)
+        except ChargptError as problem:
+            raise HTTPException(400, _error(str(problem))) from None
+        tokens, written = tokens + asked_for.written, len(asked_for.written)
+        async with self.scoring:
+            place = await asyncio.to_thread(look, engine.model, tokens, written, engine.device)
+        return JSONResponse(api.place(engine.tokenizer, place, asked_for.top, asked_for.attention))
 
     async def chat(self, request: Request) -> Response:
         asked_for = await body(request, api.ChatRequest)
@@ -237,13 +264,9 @@ class Server:
                 for token, value in options.logit_bias.items():
                     bias[token] += value
             for prompt in prompts:
-                if isinstance(prompt, str):
-                    window = prompt_tokens(tokenizer, prompt, unknown)[0].tolist()
-                    replaced += 0 if unknown == "strict" else unknown_characters(tokenizer, prompt)
-                elif prompt and all(0 <= token < V for token in prompt):
-                    window = prompt
-                else:
-                    raise ChargptError(f"a prompt of tokens has at least one, each from 0 to {V - 1}")
+                window = known_tokens(engine, prompt, unknown)
+                if unknown == "replace" and isinstance(prompt, str):
+                    replaced += unknown_characters(tokenizer, prompt)
                 total += len(window)
                 for i in range(options.n):
                     config = SampleConfig(
@@ -378,7 +401,21 @@ def joined(deltas: list[Delta]) -> Delta:
     return Delta(piece, [row for delta in deltas for row in delta.top])
 
 
-def unknown_characters(tokenizer: Any, text: str) -> int:
+def known_tokens(engine: ModelEngine, prompt: str | list[int], unknown: str = "strict") -> list[int]:
+    """A prompt as tokens. Raises ChargptError for what the vocabulary does not have."""
+    if isinstance(prompt, str):
+        return prompt_tokens(engine.tokenizer, prompt, unknown)[0].tolist()
+    require_known(engine, prompt)
+    return prompt
+
+
+def require_known(engine: ModelEngine, tokens: list[int]) -> None:
+    last = engine.model.vocab_size - 1
+    if not tokens or not all(0 <= token <= last for token in tokens):
+        raise ChargptError(f"a prompt of tokens has at least one, each from 0 to {last}")
+
+
+def unknown_characters(tokenizer: Tokenizer, text: str) -> int:
     """How many characters of a text a vocabulary does not have."""
     unknown = {character for character in set(text) if not len(tokenizer.encode(character, errors="skip"))}
     return sum(character in unknown for character in text)
