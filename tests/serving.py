@@ -44,6 +44,9 @@ class Served:
     def post(self, path: str, content: Any, **options: Any) -> httpx2.Response:
         return httpx2.post(f"{self.url}{path}", json=content, timeout=30, **options)
 
+    def get(self, path: str) -> httpx2.Response:
+        return httpx2.get(f"{self.url}{path}", timeout=30)
+
     def idle(self) -> bool:
         return not any(engine.running or engine.waiting for engine in self.engines.values())
 

@@ -6,10 +6,10 @@ function of its prompt, its options and its seed alone.
 
 import dataclasses
 import threading
-import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from chargpt.config import SampleConfig
 from chargpt.errors import ChargptError
 from chargpt.evaluation import token_logits
 from chargpt.generation import NativeDecoder, Piece, SampleText, choose_engine, stream_tokens
+from chargpt.generation.native import Team
 from chargpt.generation.sampler import Drawn
 from chargpt.models import LanguageModel
 from chargpt.tokenizers import Tokenizer
@@ -112,7 +113,7 @@ class ModelEngine:
             self._streams: NativeDecoder | TorchStreams = TorchStreams(model, device)
         else:
             self._streams = NativeDecoder(model, slots, self.chosen.engine)
-        self._threads = torch.get_num_threads()
+        self._team = Team(torch.get_num_threads())
         self._waiting: deque[Job] = deque()
         self._jobs: dict[int, tuple[Job, SampleText]] = {}  # by slot
         self._changed = threading.Condition()
@@ -187,18 +188,17 @@ class ModelEngine:
         self._streams.leave(slot)
 
     def _burst(self, joined: bool) -> None:
-        count = 1 if joined else min(self._count, *(job.left for job, _ in self._jobs.values()), MOST_AT_ONCE)
+        lefts = [job.left for job, _ in self._jobs.values()]
+        count = 1 if joined else min(self._count, *lefts, self._team.most(), MOST_AT_ONCE)
         wanted = max(job.top for job, _ in self._jobs.values())
-        start = time.perf_counter()
         try:
-            drawn = self._streams.burst(count, self._threads, with_logits=wanted > 0)
+            drawn, seconds = self._team.timed(count, partial(self._streams.burst, count, with_logits=wanted > 0))
         except ChargptError as error:  # the model is broken: nobody gets anything
             for slot, (job, _) in list(self._jobs.items()):
                 self._leave(slot)
                 job.deliver(error)
             return
-        seconds = max(time.perf_counter() - start, 1e-9)
-        self._count = max(1, min(2 * count, int(count * BURST_SECONDS / seconds)))
+        self._count = max(1, min(2 * count, int(count * BURST_SECONDS / max(seconds, 1e-9))))
         tokens, logprobs = drawn.tokens.T.tolist(), drawn.logprobs.T.tolist()
         for column, slot in enumerate(sorted(self._jobs)):
             job, text = self._jobs[slot]

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from chargpt.checkpoint import save_checkpoint
 from chargpt.config import SampleConfig
 from chargpt.evaluation import sliding_loss
 from chargpt.generation import Generator
-from chargpt.serve.engine import ModelEngine
+from chargpt.serve.engine import Job, ModelEngine
 from serving import TOKENIZER, Running, Served, made
 
 
@@ -243,6 +244,27 @@ def test_a_client_that_goes_away_frees_its_place(served: Served) -> None:
         while not served.idle():
             assert time.monotonic() - left < 10
             time.sleep(0.005)
+
+
+def test_threads_that_hinder_one_another_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine whose cores others want too."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    engine = ModelEngine(made(TOKENIZER.vocab_size, 1), TOKENIZER)
+    burst, used = engine._streams.burst, []
+
+    def hindered(count: int, threads: int, *, with_logits: bool = False) -> Any:
+        used.append(threads)
+        time.sleep(0.002 * count if threads == 2 else 0)
+        return burst(count, threads, with_logits=with_logits)
+
+    monkeypatch.setattr(engine._streams, "burst", hindered)
+    ended = threading.Event()
+    config = SampleConfig(max_new_tokens=3000, engine=engine.chosen.engine)
+    engine.submit([Job([1], config, lambda delta: ended.set() if delta.piece.finish_reason else None)])  # type: ignore[union-attr]
+    assert ended.wait(60)
+    engine.close()
+    later = used[len(used) // 2 :]
+    assert later.count(1) > later.count(2)  # which is tried again now and then
 
 
 def test_too_many_are_told_to_wait(served: Served) -> None:

@@ -19,7 +19,7 @@ export class Answer {
   build() {
     this.card = document.createElement("article");
     this.card.setAttribute("aria-labelledby", `answer-${this.id}`);
-    this.card.innerHTML = '<h3><span class="name"></span> <small></small></h3><div class="text" tabindex="0" role="group"></div>';
+    this.card.innerHTML = '<h2 class="small"><span class="name"></span> <small></small></h2><div class="text" tabindex="0" role="group"></div>';
     this.name = this.card.querySelector(".name");
     this.name.id = `answer-${this.id}`;
     this.name.textContent = this.title();
@@ -30,7 +30,7 @@ export class Answer {
   }
 
   title() {
-    const branch = this.parent ? `, branch of ${this.parent.id} at ${this.branchedAt}` : "";
+    const branch = this.parent ? `, branch of ${this.parent.id} at ${this.branchedAt + 1}` : "";
     return `${this.id}: ${this.model}, seed ${this.seed}${branch}`;
   }
 

@@ -340,7 +340,11 @@ element("key-form").addEventListener("submit", (event) => {
 function restore() {
   for (const [name, value] of fromLink()) {
     const field = element(name);
-    if (field.tagName !== "SELECT" || [...field.options].some((option) => option.value === value)) field.value = value;
+    const fits =
+      field.tagName === "SELECT"
+        ? [...field.options].some((option) => option.value === value)
+        : field.tagName === "TEXTAREA" || (value !== "" && Number.isFinite(Number(value)));
+    if (fits) field.value = value;
   }
   drawSliders();
 }
@@ -359,5 +363,6 @@ async function begin() {
 }
 
 window.addEventListener("hashchange", restore);
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => place.drawAttention());
 drawSliders();
 begin();

@@ -83,6 +83,7 @@ export class PlacePanel {
   }
 
   drawAttention() {
+    if (!this.found) return;
     const { attention } = this.found;
     element("attention").hidden = !attention;
     if (!attention) return;
