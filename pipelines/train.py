@@ -49,7 +49,7 @@ def main() -> None:
     folder = RUNS / f"{name}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
     if not (folder / "metrics.json").exists():  # it exists where only the lines below were cut short
         corpus = params.corpus.path or params.corpus.name
-        run = Run(arguments.variant, arguments.seed, config, splits, corpus, folder)
+        run = Run(arguments.variant, arguments.seed, config, splits, corpus, folder, home=MODELS / name)
         experiment.train(run, params.evaluation, params.tracking)
 
     export_checkpoint(folder / "best", MODELS / name)

@@ -39,6 +39,7 @@ class Run:
     corpus: str  # a name for people
     folder: Path  # of this run alone: checkpoints, curve, metrics
     teachers: tuple[Path, ...] = ()  # runs or checkpoints whose mean prediction it learns, in place of the text's
+    home: Path | None = None  # where the best model is put in the end, if not in the folder
 
     def __post_init__(self) -> None:
         require_seed(self.seed)

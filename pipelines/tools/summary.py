@@ -28,6 +28,7 @@ def main() -> None:
     print(f"samples   {SAMPLES}/\nmodels    {MODELS}/")
     command = f'chargpt sample {MODELS}/{last}-s{params.ablation.seeds[0]} --prompt "ROMEO:" --stream'
     print(f"\nsample more:\n  {Path('.venv/bin') / command}")
+    print("\nask it in the browser, and see what it thinks:\n  make serve")
     if params.tracking.enabled:
         runs, charts = (ui_url(params.tracking, view) for view in ("runs", "charts"))
         print(f"\nsee the runs in MLflow:\n  make ui\n  then open {runs}\n  or the curves, {charts}")

@@ -143,6 +143,7 @@ def test_every_variant_is_one_finished_run_in_mlflow(project: Path) -> None:
     assert runs["bigram"].info.run_name.startswith("bigram-s1-")
     assert runs["bigram"].data.params["model.block_size"] == "8"
     assert runs["bigram"].data.tags["dvc.stage"] == "train@bigram-1"
+    assert runs["bigram"].data.tags["mlflow.note.content"] == "Talk to it: `chargpt serve models/bigram-s1`"
 
 
 def test_mlflow_can_draw_the_loss_over_tokens_and_seconds(project: Path) -> None:

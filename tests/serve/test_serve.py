@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shutil
 import signal
 import socket
 import subprocess
@@ -196,6 +197,35 @@ def test_a_chat_is_a_scene_of_a_play(served: Served) -> None:
     assert chunks[0].choices[0].delta.role == "assistant"
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == wanted.text
     assert chunks[-1].choices[0].finish_reason == wanted.finish_reason
+
+
+def test_langchain_is_answered(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LANGSMITH_TRACING", "LANGCHAIN_TRACING_V2"):
+        monkeypatch.setenv(name, "false")
+    from langchain_openai import ChatOpenAI, OpenAI
+
+    options: Any = {"base_url": f"{served.url}/v1", "api_key": "none", "model": "small", "max_retries": 0, "seed": 1}
+    chat, text = ChatOpenAI(**options, max_tokens=60, temperature=0.9), OpenAI(**options, max_tokens=60, n=1, best_of=1)
+    wanted = served.client().chat.completions.create(
+        model="small", messages=[{"role": "user", "content": "abc"}], max_tokens=60, temperature=0.9, seed=1
+    )
+    assert chat.invoke("abc").content == wanted.choices[0].message.content
+    assert "".join(str(part.content) for part in chat.stream("abc")) == wanted.choices[0].message.content
+    temperature = text.temperature
+    written = served.client().completions.create(
+        model="small", prompt="abc", max_tokens=60, temperature=temperature, seed=1
+    )
+    assert text.invoke("abc") == "".join(text.stream("abc")) == written.choices[0].text
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+def test_curl_is_answered(served: Served) -> None:
+    body = json.dumps({"model": "small", "prompt": "abc", "max_tokens": 60, "seed": 1, "stream": True})
+    command = ["curl", "-sSN", f"{served.url}/v1/completions", "-H", "Content-Type: application/json", "-d", body]
+    lines = subprocess.run(command, capture_output=True, timeout=60, check=True, text=True).stdout.split("\n\n")
+    assert lines[-2:] == ["data: [DONE]", ""]
+    text = "".join(json.loads(line[6:])["choices"][0]["text"] for line in lines[:-2])
+    assert text == alone(served, "small", "abc", max_new_tokens=60, seed=1).text
 
 
 # ----------------------------------------------------------------------------------------------------------------- many
