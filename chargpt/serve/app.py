@@ -173,7 +173,7 @@ class Server:
             try:
                 if any(len(job.window) > api.MOST_TOKENS for job in asked.jobs):
                     raise HTTPException(400, _error(f"at most {api.MOST_TOKENS:,} tokens of a prompt can be scored"))
-                weights = [await self._scored(engine, job.window, top) for job in asked.jobs[:: asked_for.n]]
+                weights = [await self._scored(request, engine, job.window, top) for job in asked.jobs[:: asked_for.n]]
             except BaseException:
                 asked.give_up()
                 raise
@@ -198,9 +198,15 @@ class Server:
 
         return await self._answer(request, asked_for, asked, "text_completion", choice, choice)
 
-    async def _scored(self, engine: ModelEngine, tokens: list[int], top: int) -> Any:
+    async def _scored(self, request: Request, engine: ModelEngine, tokens: list[int], top: int) -> Any:
         async with self.scoring:  # one at a time: it takes the cores from the streams
-            found = await asyncio.to_thread(scores, engine.model, tokens, top, engine.device)
+            leaving = asyncio.ensure_future(_gone(request))
+            try:
+                found = await asyncio.to_thread(scores, engine.model, tokens, top, engine.device, leaving.done)
+                if leaving.done():
+                    raise HTTPException(499)  # nobody reads it
+            finally:
+                leaving.cancel()
         return api.scored_prompt(engine.tokenizer, tokens, found)
 
     async def look(self, request: Request) -> Response:

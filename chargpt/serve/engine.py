@@ -213,14 +213,23 @@ class ModelEngine:
 
 
 def scores(
-    model: LanguageModel, tokens: list[int], top: int, device: torch.device | str = "cpu", stride: int = SCORED
+    model: LanguageModel,
+    tokens: list[int],
+    top: int,
+    device: torch.device | str = "cpu",
+    given_up: Callable[[], bool] = lambda: False,
 ) -> Delta:
-    """What each of tokens[1:] weighs behind those before it, as the `sliding` protocol sees them."""
+    """What each of tokens[1:] weighs behind those before it, as the `sliding` protocol sees them.
+
+    given_up: whether nobody wants to know any more; asked again and again, and what is returned then ends early
+    """
     logprobs: list[float] = []
     rows: list[list[tuple[int, float]]] = []
-    for logits, targets in token_logits(model, np.array(tokens), stride, device) if len(tokens) > 1 else ():
+    for logits, targets in token_logits(model, np.array(tokens), SCORED, device) if len(tokens) > 1 else ():
         logprobs += logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0].tolist()
         rows += likeliest(logits, top) if top else []
+        if given_up():
+            break
     return Delta(Piece("", tokens[1:], logprobs, "length"), rows)
 
 

@@ -533,6 +533,9 @@ class Decoder:
         return TAKEN
 
 
+OWN = {"messages": "/v1/chat/completions", "written": "/look"}  # fields that only one kind of request has
+
+
 class Requests:
     """What a client may send to the server: fields with other values, bodies with other bytes, other headers."""
 
@@ -558,6 +561,8 @@ class Requests:
             "best_of": 1,
             "user": "u",
         },
+        {"model": "m", "prompt": "to be", "max_tokens": 2, "return_token_ids": True, "logprobs": 0, "stream": True},
+        {"model": "m", "prompt": "to", "written": [1, 2, 3, 1, 2, 3, 1, 2, 3], "top": 3, "attention": True},
         {"model": "m", "messages": [{"role": "user", "content": "to be"}], "max_tokens": 4, "logprobs": True},
         {"model": "m", "messages": [{"role": "system", "content": [{"type": "text", "text": "é"}]}], "stream": True},
     )
@@ -568,6 +573,9 @@ class Requests:
         "/v1/models/m",
         "/metrics",
         "/health",
+        "/look",
+        "/",
+        "/page.js",
         "/x",
         "/../m",
     )
@@ -580,7 +588,7 @@ class Requests:
 
     def once(self, rng: random.Random) -> str:
         content = rng.choice(self.BODIES)
-        path = "/v1/chat/completions" if "messages" in content else "/v1/completions"
+        path = next((path for field, path in OWN.items() if field in content), "/v1/completions")
         if rng.random() < 0.8:
             content = changed_value(rng, content)
         body = json.dumps(content).encode()

@@ -23,7 +23,7 @@ from chargpt.checkpoint import save_checkpoint
 from chargpt.config import SampleConfig
 from chargpt.evaluation import sliding_loss
 from chargpt.generation import Generator
-from chargpt.serve.engine import Job, ModelEngine
+from chargpt.serve.engine import Job, ModelEngine, scores
 from serving import TOKENIZER, Running, Served, made
 
 
@@ -295,6 +295,37 @@ def test_threads_that_hinder_one_another_are_not_used(monkeypatch: pytest.Monkey
     engine.close()
     later = used[len(used) // 2 :]
     assert later.count(1) > later.count(2)  # which is tried again now and then
+
+
+def test_a_client_that_goes_away_ends_the_scoring(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, ended = threading.Event(), threading.Event()
+
+    def endless(*arguments: Any) -> Any:
+        begun.set()
+        while not arguments[-1]():
+            time.sleep(0.005)
+        ended.set()
+        return scores(*arguments)
+
+    monkeypatch.setattr("chargpt.serve.app.scores", endless)
+    data = json.dumps({"model": "small", "prompt": "abc", "max_tokens": 0, "echo": True, "logprobs": 0}).encode()
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with socket.create_connection(("127.0.0.1", int(served.url.rsplit(":", 1)[1]))) as connection:
+        connection.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
+        assert begun.wait(10)
+        assert not ended.wait(0.1)
+    assert ended.wait(10)
+
+
+def test_scores_that_nobody_wants_end_early(served: Served) -> None:
+    tokens = TOKENIZER.encode("abc " * 5000).tolist()
+    asked = iter([False, True])
+    model = served.engines["small"].model
+    found = scores(model, tokens, 2, given_up=lambda: next(asked))
+    whole = scores(model, tokens, 2)
+    n = len(found.piece.logprobs)
+    assert 0 < n < len(tokens) - 1
+    assert (found.piece.logprobs, found.top) == (whole.piece.logprobs[:n], whole.top[:n])
 
 
 def test_too_many_are_told_to_wait(served: Served) -> None:
