@@ -18,6 +18,7 @@ from chargpt.errors import ChargptError
 from chargpt.generation.sampler import BROKEN_LOGITS, Drawn
 from chargpt.kernels import native
 from chargpt.models import LanguageModel, Transformer
+from chargpt.runtime import available_memory
 
 T = TypeVar("T")
 Precision = Literal["fp32", "bf16", "int8"]
@@ -43,6 +44,19 @@ def why_not(model: LanguageModel) -> str | None:
     return None
 
 
+def require_room(model: Transformer, slots: int, precision: Precision) -> None:
+    """Raises ChargptError when the keys and values of so many streams are more than the memory that is free."""
+    config = model.config
+    channels = 2 * config.n_layer * (config.n_kv_head or config.n_head) * (config.n_embd // config.n_head)
+    needed = slots * model.block_size * channels * (4 if precision == "fp32" else 2)  # bytes
+    free = available_memory(torch.device("cpu"))
+    if free is not None and needed > free:
+        raise ChargptError(
+            f"keys and values of {slots} streams take {needed / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} GiB are "
+            "free; take fewer (chargpt serve --slots, chargpt sample --num-samples)"
+        )
+
+
 class NativeDecoder:
     """Streams of one model, each in one of `slots` slots, that come and go. Takes the weights as they are now.
 
@@ -51,7 +65,7 @@ class NativeDecoder:
 
     precision: of the matrices and what they multiply
 
-    Raises ChargptError when `why_not` has a reason.
+    Raises ChargptError when `why_not` has a reason, or the streams' keys and values have no room in memory.
     """
 
     def __init__(
@@ -61,6 +75,7 @@ class NativeDecoder:
         if problem is not None or module is None:
             raise ChargptError(f"this model cannot be decoded in C++: {problem}")
         assert isinstance(model, Transformer)
+        require_room(model, slots, precision)
         self.block_size, self.slots = model.block_size, slots
         self.threads = max(1, torch.get_num_threads() if threads is None else threads)
         with torch.no_grad():

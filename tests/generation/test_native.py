@@ -353,3 +353,14 @@ def test_weights_are_taken_as_they_are_when_it_is_made() -> None:
             parameter.zero_()
     decoder.begin([[1, 2, 3]])
     torch.testing.assert_close(decoder.read(), recomputed(made("gpt2"), [[1, 2, 3]]), rtol=1e-4, atol=1e-4)
+
+
+def test_more_streams_than_memory_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = TransformerConfig(block_size=32, n_layer=2, n_head=4, n_kv_head=2, n_embd=32)
+    model = build_model(config, 11, 1).eval()
+    stream = 2 * 2 * 2 * 8 * 32 * 4  # keys and values, layers, kv heads, their channels, positions, bytes
+    monkeypatch.setattr("chargpt.generation.native.available_memory", lambda device: 3 * stream)
+    for precision, most in (("fp32", 3), ("bf16", 6), ("int8", 6)):
+        NativeDecoder(model, most, precision)  # type: ignore[arg-type]
+        with pytest.raises(ChargptError, match=f"{most + 1} streams take .* --slots"):
+            NativeDecoder(model, most + 1, precision)  # type: ignore[arg-type]
