@@ -1,4 +1,4 @@
-"""`chargpt serve`: models behind HTTP, for any OpenAI client."""
+"""`chargpt serve`: models behind HTTP, with a page and for any OpenAI client."""
 
 import argparse
 import os
@@ -19,7 +19,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def add(commands: Commands) -> None:
-    serve = command(commands, "serve", run, EXAMPLES, "Serve models to OpenAI clients.")
+    serve = command(commands, "serve", run, EXAMPLES, "Serve models to a browser and to OpenAI clients.")
     serve.add_argument(
         "models",
         metavar="[NAME=]RUN[,RUN]",

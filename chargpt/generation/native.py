@@ -52,8 +52,8 @@ def require_room(model: Transformer, slots: int, precision: Precision) -> None:
     free = available_memory(torch.device("cpu"))
     if free is not None and needed > free:
         raise ChargptError(
-            f"keys and values of {slots} streams take {needed / 2**30:.1f} GiB of memory, of which {free / 2**30:.1f} GiB "
-            "are free; take fewer (chargpt serve --slots, chargpt sample --num-samples)"
+            f"keys and values of {slots} streams take {needed / 2**30:.1f} GiB of memory; {free / 2**30:.1f} are free: "
+            "take fewer (chargpt serve --slots, chargpt sample --num-samples)"
         )
 
 
