@@ -1,4 +1,4 @@
-"""`chargpt serve` under load: characters a second of 32 streams, the first character, many connections, and memory.
+"""`chargpt serve` under load: characters a second, the first one, clients that go away, many of them, and memory.
 
 Run as `python -m benchmarks.serve [RUN] [--soak SECONDS]`. Without RUN the model is `modern` with random weights, which
 changes no work. The server is a process of its own, and so shares the cores with these clients.
@@ -6,6 +6,7 @@ changes no work. The server is a process of its own, and so shares the cores wit
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import statistics
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,12 @@ async def measure(url: str, pid: int, soak: float, connections: int) -> None:
         await asyncio.gather(*(characters(client, i, 50) for i in range(STREAMS)))  # warm
         firsts = [await first_character(client, i) for i in range(30)]
         print(f"first character on an idle server: median {1e3 * statistics.median(firsts):.1f} ms", flush=True)
+        freed = [await seconds_to_free(client, i) for i in range(30)]
+        print(
+            f"a place is free again: median {1e3 * statistics.median(freed):.0f} ms after its client went, "
+            f"at most {1e3 * max(freed):.0f}",
+            flush=True,
+        )
         start = time.perf_counter()
         made = sum(await asyncio.gather(*(characters(client, i, LONG) for i in range(STREAMS))))
         print(f"{STREAMS} streams: {made / (time.perf_counter() - start):,.0f} characters a second", flush=True)
@@ -87,7 +94,7 @@ def request(seed: int, count: int, **more: Any) -> dict[str, Any]:
     return {"model": "m", "prompt": "O", "max_tokens": count, "seed": seed, **more}
 
 
-async def pieces(client: httpx2.AsyncClient, seed: int, count: int) -> AsyncIterator[str]:
+async def pieces(client: httpx2.AsyncClient, seed: int, count: int) -> AsyncGenerator[str, None]:
     async with client.stream("POST", "/v1/completions", json=request(seed, count, stream=True)) as answer:
         async for line in answer.aiter_lines():
             if line.startswith("data: {"):
@@ -107,6 +114,16 @@ async def first_character(client: httpx2.AsyncClient, seed: int) -> float:
     async for _ in pieces(client, seed, 1):
         return time.perf_counter() - start
     raise AssertionError("nothing came")
+
+
+async def seconds_to_free(client: httpx2.AsyncClient, seed: int) -> float:
+    """From the end of a client in the middle of its text until the server says that nothing runs; asking takes part."""
+    async with contextlib.aclosing(pieces(client, seed, 100_000)) as stream:
+        await anext(stream)
+        start = time.perf_counter()
+    while 'vllm:num_requests_running{model_name="m"} 0.0' not in (await client.get("/metrics")).text:
+        pass
+    return time.perf_counter() - start
 
 
 async def attempt(client: httpx2.AsyncClient, seed: int) -> int:
