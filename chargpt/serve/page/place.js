@@ -6,6 +6,9 @@ import { visible } from "./answers.js";
 const SHOWN = 10; // alternatives
 const ENOUGH = 1000; // tokens of a distribution: all, for the vocabularies that are trained here
 
+const HINT =
+  "Point at a character of an answer, or choose one with the arrow keys. Click an alternative to branch from there.";
+
 const element = (id) => document.getElementById(id);
 
 export class PlacePanel {
@@ -14,6 +17,7 @@ export class PlacePanel {
     Object.assign(this, { look, settings, choose, failed });
     this.head = null; // [layer, head], or null for their mean
     this.asking = null;
+    this.clear();
   }
 
   async show(answer, at) {
@@ -44,6 +48,7 @@ export class PlacePanel {
   clear() {
     this.asking?.abort();
     this.answer = this.found = null;
+    element("place-about").textContent = HINT;
     element("candidates").replaceChildren();
     element("attention").hidden = true;
   }
