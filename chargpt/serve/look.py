@@ -51,14 +51,14 @@ def look(model: LanguageModel, tokens: list[int], written: int = 0, device: torc
         # Read at a position that is a tensor, the last token comes to the cache with its queries.
         cache.position = torch.tensor([len(window) - 1], device=device)
         logits = model.logits(model.hidden(idx[:, -1:], cache)[:, -1])
-        attention = torch.stack([layer.weights[: len(window)] for layer in layers]).mT.cpu()
+        attention = torch.stack([layer.weights for layer in layers]).mT.cpu()
     return Place(window, logits[0].float().log_softmax(-1).cpu(), attention)
 
 
 class WatchedLayerCache(LayerCache):
     """Keeps the weights of the token that was read last."""
 
-    weights: Tensor  # (block_size, n_head), float32
+    weights: Tensor  # (T, n_head), float32
 
     def attend_at(self, position: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self._held is None:  # nothing lies before it

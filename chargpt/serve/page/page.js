@@ -39,6 +39,7 @@ function seedNow() {
 // Streams one request into answers that stand on the page already.
 async function stream(content, into, signal) {
   const start = performance.now();
+  const before = into.map((answer) => answer.seconds); // an answer may grow by several requests
   const origins = [];
   for (const answer of into) answer.become("is written");
   try {
@@ -48,7 +49,7 @@ async function stream(content, into, signal) {
         origins[choice.index] = choice.prompt_token_ids.length;
         if (answer.tokens.length === 0) answer.prompt(choice.prompt_token_ids, choice.prompt_token_texts);
       }
-      answer.seconds = (performance.now() - start) / 1000;
+      answer.seconds = before[choice.index] + (performance.now() - start) / 1000;
       answer.add(choice.token_ids, choice.token_texts, choice.logprobs.token_logprobs, origins[choice.index]);
       if (choice.finish_reason) answer.become("done");
     }
@@ -137,11 +138,10 @@ function step() {
 }
 
 // An alternative was clicked: at the end it is written, elsewhere a branch begins with it.
-function take(answer, place, token, text) {
+function take(answer, where, token, text) {
   if (writing) return;
-  if (place === answer.tokens.length) {
-    const { next } = panelFound();
-    answer.add([token], [text], [next.find((each) => each.token === token).logprob], place);
+  if (where === answer.tokens.length) {
+    answer.add([token], [text], [place.found.next.find((each) => each.token === token).logprob], where);
     past.push(() => answer.pop());
     choose(answer, answer.tokens.length);
     update();
@@ -149,11 +149,11 @@ function take(answer, place, token, text) {
   }
   busy(async (signal) => {
     const before = answers;
-    const branch = add(answer.model, answer.seed, answer, place);
+    const branch = add(answer.model, answer.seed, answer, where);
     past.push(() => (answers = before));
-    branch.prompt([...answer.tokens.slice(0, place), token], [...answer.texts.slice(0, place), text]);
+    branch.prompt([...answer.tokens.slice(0, where), token], [...answer.texts.slice(0, where), text]);
     show();
-    choose(branch, place);
+    choose(branch, where);
     await stream(request(branch.model, branch.tokens, branch.seed, 1, Number(element("max_tokens").value)), [branch], signal);
   });
 }
@@ -169,7 +169,6 @@ function undo() {
 // ------------------------------------------------------------------------------------------------------------- showing
 
 const place = new PlacePanel(look, settings, take, failed);
-const panelFound = () => place.found;
 
 function show() {
   element("answers").replaceChildren(...answers.map((answer) => answer.card));
