@@ -1,7 +1,6 @@
 """A server in a thread of this process, of models with random weights, for the tests of several files."""
 
 import dataclasses
-import socket
 import threading
 import time
 from typing import Any
@@ -15,6 +14,7 @@ from chargpt.config import TransformerConfig
 from chargpt.models import LanguageModel, build_model
 from chargpt.serve.app import build_app
 from chargpt.serve.engine import ModelEngine
+from chargpt.serve.listen import bind
 from chargpt.tokenizers import CharacterTokenizer
 
 TOKENIZER = CharacterTokenizer("\n .:ABENRSTUabcdefgh")
@@ -55,8 +55,7 @@ class Running:
     """A server in a thread of this process."""
 
     def __init__(self, engines: dict[str, ModelEngine], **options: Any) -> None:
-        listener = socket.socket()
-        listener.bind(("127.0.0.1", 0))
+        listener = bind("127.0.0.1", 0)
         config = uvicorn.Config(build_app(engines, **options), log_level="error", server_header=False)
         self.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [listener]})

@@ -8,6 +8,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import pydantic
@@ -92,7 +93,7 @@ def build_app(
         *(Route(path, answer_with(name)) for path, name in FILES.items()),
     ]
     handlers: Any = {HTTPException: http_error, Exception: bug}
-    return Guard(Starlette(routes=routes, exception_handlers=handlers), api_key, hosts)
+    return Guard(Starlette(routes=routes, exception_handlers=handlers, lifespan=server.running), api_key, hosts)
 
 
 class Guard:
@@ -125,6 +126,12 @@ class Server:
     def __init__(self, engines: Mapping[str, ModelEngine]) -> None:
         self.engines, self.metrics, self.started = engines, Metrics(engines), int(time.time())
         self.scoring = asyncio.Semaphore(1)
+
+    @contextlib.asynccontextmanager
+    async def running(self, _: Starlette) -> AsyncIterator[None]:
+        for engine in self.engines.values():
+            engine.hand_over = partial(_soon, asyncio.get_running_loop())
+        yield
 
     async def health(self, request: Request) -> Response:
         alive = all(engine.thread.is_alive() for engine in self.engines.values())
@@ -254,11 +261,11 @@ class Server:
         """Hand the streams of a request to the engine. Raises HTTPException for what the model cannot take."""
         tokenizer, V = engine.tokenizer, engine.model.vocab_size
         seed = secrets.randbits(31) if options.seed is None else options.seed % 2**62
-        loop, events = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Delta | ChargptError]]()
+        events = asyncio.Queue[tuple[int, Delta | ChargptError]]()
         jobs: list[Job] = []
 
         def deliver(number: int) -> Callable[[Delta | ChargptError], None]:
-            return lambda delta: _soon(loop, events, (number, delta))
+            return lambda delta: events.put_nowait((number, delta))
 
         total, replaced = 0, 0
         try:
@@ -427,10 +434,10 @@ def unknown_characters(tokenizer: Tokenizer, text: str) -> int:
     return sum(character in unknown for character in text)
 
 
-def _soon(loop: asyncio.AbstractEventLoop, events: "asyncio.Queue[Any]", event: Any) -> None:
+def _soon(loop: asyncio.AbstractEventLoop, deliver: Callable[[], None]) -> None:
     """From the engine's thread."""
     with contextlib.suppress(RuntimeError):  # the server has ended
-        loop.call_soon_threadsafe(events.put_nowait, event)
+        loop.call_soon_threadsafe(deliver)
 
 
 async def _gone(request: Request) -> None:

@@ -7,7 +7,7 @@ function of its prompt, its options and its seed alone.
 import dataclasses
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -24,7 +24,7 @@ from chargpt.generation.sampler import Drawn
 from chargpt.models import LanguageModel
 from chargpt.tokenizers import Tokenizer
 
-BURST_SECONDS = 0.005  # the longest that a new stream, or one that is given up, waits for the others
+BURST_SECONDS = 0.01  # the longest that a new stream, or one that is given up, waits for the others
 MOST_AT_ONCE = 64  # tokens of a burst
 SCORED = 64  # tokens that one window scores of a prompt
 
@@ -46,7 +46,7 @@ class Job:
     """One sample to write.
 
     config: its max_new_tokens, stop, seed and cuts; it is sample 0 of that seed, whatever num_samples says
-    deliver: called from the engine's thread with each Delta, or with the error that ended it
+    deliver: called with each Delta, or with the error that ended it
     """
 
     window: list[int]
@@ -95,6 +95,8 @@ class ModelEngine:
     """One model, and the thread that writes for all who ask.
 
     slots: streams at a time; others wait their turn, up to `most_waiting`
+    hand_over: how to call what delivers a burst's gains, if not at once and in the engine's thread. One call for all
+        streams, because waking another thread costs more than a token.
     """
 
     def __init__(
@@ -118,6 +120,7 @@ class ModelEngine:
         self._jobs: dict[int, tuple[Job, SampleText]] = {}  # by slot
         self._changed = threading.Condition()
         self._closed = False
+        self.hand_over: Callable[[Callable[[], None]], None] = lambda deliver: deliver()
         self._count = 1  # tokens of the next burst
         self.thread = threading.Thread(target=self._run, name="chargpt-engine", daemon=True)
         self.thread.start()
@@ -144,8 +147,8 @@ class ModelEngine:
             self._closed = True
             self._changed.notify()
         self.thread.join()
-        for job in [*self._waiting, *(job for job, _ in self._jobs.values())]:
-            job.deliver(ChargptError("the server ends; ask again later"))
+        ended = ChargptError("the server ends; ask again later")
+        self._deliver([(job, ended) for job in [*self._waiting, *(job for job, _ in self._jobs.values())]])
         self._waiting.clear()
         self._jobs.clear()
 
@@ -179,9 +182,17 @@ class ModelEngine:
         try:
             self._streams.join(slot, job.window, job.config, 0, job.bias)
         except Exception as error:  # this one's fault, whatever it is: the others go on
-            job.deliver(error if isinstance(error, ChargptError) else ChargptError("the request cannot be served"))
+            unknown = ChargptError("the request cannot be served")
+            self._deliver([(job, error if isinstance(error, ChargptError) else unknown)])
         else:
             self._jobs[slot] = (job, SampleText(self.tokenizer, job.config.stop))
+
+    def _deliver(self, gained: Sequence[tuple[Job, Delta | ChargptError]]) -> None:
+        def deliver() -> None:
+            for job, delta in gained:
+                job.deliver(delta)
+
+        self.hand_over(deliver)
 
     def _leave(self, slot: int) -> None:
         del self._jobs[slot]
@@ -194,12 +205,14 @@ class ModelEngine:
         try:
             drawn, seconds = self._team.timed(count, partial(self._streams.burst, count, with_logits=wanted > 0))
         except ChargptError as error:  # the model is broken: nobody gets anything
-            for slot, (job, _) in list(self._jobs.items()):
+            failed = [(job, error) for job, _ in self._jobs.values()]
+            for slot in list(self._jobs):
                 self._leave(slot)
-                job.deliver(error)
+            self._deliver(failed)
             return
         self._count = max(1, min(2 * count, int(count * BURST_SECONDS / max(seconds, 1e-9))))
         tokens, logprobs = drawn.tokens.T.tolist(), drawn.logprobs.T.tolist()
+        gained: list[tuple[Job, Delta | ChargptError]] = []
         for column, slot in enumerate(sorted(self._jobs)):
             job, text = self._jobs[slot]
             job.left -= count
@@ -209,7 +222,8 @@ class ModelEngine:
                 top = likeliest(drawn.logits[: len(piece.tokens), column], job.top)
             if piece.finish_reason is not None:
                 self._leave(slot)
-            job.deliver(Delta(piece, top))
+            gained.append((job, Delta(piece, top)))
+        self._deliver(gained)
 
 
 def scores(

@@ -33,7 +33,8 @@ def bind(host: str, port: int) -> socket.socket:
     """A socket at an address, which nobody is answered at yet. Raises ConfigError when it cannot be had."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        listener = socket.socket(found[0], found[1])
+        # With its protocol, since asyncio turns Nagle's delay off only then: small writes would wait 40 ms for an ACK.
+        listener = socket.socket(*found[:3])
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(found[4])
     except OSError as error:

@@ -9,6 +9,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from chargpt.config import SampleConfig
 from chargpt.evaluation import sliding_loss
 from chargpt.generation import Generator
 from chargpt.serve.engine import Job, ModelEngine, scores
+from chargpt.serve.listen import bind
 from serving import TOKENIZER, Running, Served, made
 
 
@@ -297,6 +300,30 @@ def test_threads_that_hinder_one_another_are_not_used(monkeypatch: pytest.Monkey
     assert later.count(1) > later.count(2)  # which is tried again now and then
 
 
+def test_what_all_streams_gain_in_a_burst_comes_in_one_call() -> None:
+    engine = ModelEngine(made(TOKENIZER.vocab_size, 1), TOKENIZER, slots=5)
+    calls: list[list[int]] = []  # the streams of each
+    done = threading.Event()
+    left = 5
+
+    def deliver(number: int, delta: Any) -> None:
+        nonlocal left
+        calls[-1].append(number)
+        left -= delta.piece.finish_reason is not None
+
+    def hand_over(each: Callable[[], None]) -> None:
+        calls.append([])
+        each()
+        if not left:
+            done.set()
+
+    engine.hand_over = hand_over
+    engine.submit([Job([0], SampleConfig(max_new_tokens=40), partial(deliver, i)) for i in range(5)])
+    assert done.wait(30)
+    assert calls == [[0, 1, 2, 3, 4]] * len(calls)
+    engine.close()
+
+
 def test_a_client_that_goes_away_ends_the_scoring(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     begun, ended = threading.Event(), threading.Event()
 
@@ -466,6 +493,26 @@ def test_a_broken_model_is_an_error_of_the_server() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------- the command
+
+
+def test_small_writes_are_sent_at_once() -> None:
+    """Nagle's algorithm would hold the second of them until the client's delayed ACK, 40 ms later."""
+
+    async def without_delay() -> int:
+        found: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+        def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            connection = writer.get_extra_info("socket")
+            found.set_result(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        with bind("127.0.0.1", 0) as listener:
+            async with await asyncio.start_server(connected, sock=listener):
+                _, writer = await asyncio.open_connection(*listener.getsockname())
+                writer.close()
+                return await found
+
+    assert asyncio.run(without_delay())
 
 
 def test_without_its_extra_it_says_what_to_install(
