@@ -35,8 +35,8 @@ ablation: $(READY)  ## the same for every variant of params.yaml with three seed
 	$(BIN)/python -m pipelines.tools.ablation
 	@$(BIN)/python -m pipelines.tools.summary
 
-serve: $(READY)  ## serve the best model of the pipeline and the bigram, to a browser and to any OpenAI client; PORT=8000
-	$(BIN)/chargpt serve modern=models/modern-s1 bigram=models/bigram-s1 --port $(or $(PORT),8000)
+serve: $(READY)  ## serve the best model of the pipeline and the smallest, to a browser and to any OpenAI client; PORT=8000
+	@$(BIN)/python -m pipelines.tools.serve --port $(or $(PORT),8000)
 
 plots: $(READY)  ## draw the curves with DVC, as a page that needs no network
 	-@$(BIN)/python -m pipelines.tools.plots_template

@@ -162,8 +162,8 @@ def _description(trainer: Trainer) -> RunDescription:
             "precision": runtime.precision,
             "device": device_name(runtime.device),
             "torch": torch.__version__,
-            "mlflow.note.content": f"Talk to it: `chargpt serve {run.home or run.folder}`",
         },
+        note=f"Talk to it: `chargpt serve {run.home or run.folder}`",
         dataset=Dataset(run.corpus, run.splits.fingerprint, len(run.splits.train), len(run.splits.val)),
     )
 

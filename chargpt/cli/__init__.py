@@ -10,9 +10,9 @@ from chargpt.cli import compare, evaluate, info, sample, serve, train
 from chargpt.command import user_errors
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     with user_errors():  # around the heavy imports too: Ctrl-C while they load is an ordinary stop
-        arguments = build_parser().parse_args()
+        arguments = build_parser().parse_args(argv)
         arguments.run(arguments)
 
 

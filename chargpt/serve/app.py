@@ -93,7 +93,7 @@ def build_app(
         *(Route(path, answer_with(name)) for path, name in FILES.items()),
     ]
     handlers: Any = {HTTPException: http_error, Exception: bug}
-    return Guard(Starlette(routes=routes, exception_handlers=handlers, lifespan=server.running), api_key, hosts)
+    return Guard(Starlette(routes=routes, exception_handlers=handlers), api_key, hosts)
 
 
 class Guard:
@@ -126,12 +126,6 @@ class Server:
     def __init__(self, engines: Mapping[str, ModelEngine]) -> None:
         self.engines, self.metrics, self.started = engines, Metrics(engines), int(time.time())
         self.scoring = asyncio.Semaphore(1)
-
-    @contextlib.asynccontextmanager
-    async def running(self, _: Starlette) -> AsyncIterator[None]:
-        for engine in self.engines.values():
-            engine.hand_over = partial(_soon, asyncio.get_running_loop())
-        yield
 
     async def health(self, request: Request) -> Response:
         alive = all(engine.thread.is_alive() for engine in self.engines.values())
@@ -293,6 +287,7 @@ class Server:
                     )
                     jobs.append(Job(window, config, deliver(len(jobs)), bias, top))
             if count:
+                engine.hand_over = partial(_soon, asyncio.get_running_loop())
                 engine.submit(jobs)
             else:
                 for number in range(len(jobs)):

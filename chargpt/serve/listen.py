@@ -1,9 +1,10 @@
 """The socket, and the end: what runs when a signal comes is finished within seconds, or cut."""
 
+import asyncio
 import contextlib
 import errno
 import socket
-import threading
+import time
 from collections.abc import Callable
 from types import FrameType
 
@@ -16,17 +17,28 @@ FINISHING = 3.0  # seconds that open requests get after a signal
 
 
 class _Server(uvicorn.Server):
-    """Cuts what has not ended FINISHING seconds after the first signal."""
+    """Cuts what has not ended FINISHING seconds after the first signal, or at the second one."""
 
     def __init__(self, config: uvicorn.Config, cut: Callable[[], None]) -> None:
         super().__init__(config)
-        self._cutting = threading.Timer(FINISHING, cut)
-        self._cutting.daemon = True
+        self._cut, self._hurry = cut, False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if not self.should_exit:
-            self._cutting.start()
-        super().handle_exit(sig, frame)
+        if self.should_exit:
+            self._hurry = True  # uvicorn would leave its open requests with tracebacks
+        else:
+            super().handle_exit(sig, frame)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        cutting = asyncio.create_task(self._cut_in_time())
+        await super().shutdown(sockets)
+        cutting.cancel()
+
+    async def _cut_in_time(self) -> None:
+        end = time.monotonic() + FINISHING
+        while time.monotonic() < end and not self._hurry:
+            await asyncio.sleep(0.05)
+        await asyncio.to_thread(self._cut)
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -48,7 +60,11 @@ def listen(app: ASGIApp, listener: socket.socket, cut: Callable[[], None]) -> No
     host, port, *_ = listener.getsockname()
     print(f"serving at http://{f'[{host}]' if ':' in host else host}:{port}, until Ctrl-C", flush=True)
     config = uvicorn.Config(
-        app, log_level="error", access_log=False, timeout_graceful_shutdown=int(FINISHING) + 1, server_header=False
+        app,
+        log_level="error",
+        access_log=False,
+        timeout_graceful_shutdown=int(FINISHING) + 1,
+        server_header=False,
     )
     with contextlib.suppress(KeyboardInterrupt):  # uvicorn gives the signal on when it has ended: nothing went wrong
         _Server(config, cut).run(sockets=[listener])

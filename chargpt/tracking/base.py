@@ -27,6 +27,7 @@ class RunDescription:
     params: dict[str, Any] = field(default_factory=dict)  # flat, dotted keys
     tags: dict[str, str] = field(default_factory=dict)  # hashes of corpus and splits, backend, torch, device …
     dataset: Dataset | None = None
+    note: str = ""  # Markdown, which the run's page shows first
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,8 @@ def git(folder: Path, *arguments: str) -> str | None:
 
 def all_tags(run: RunDescription) -> dict[str, str]:
     tags = run.tags | {"variant": run.variant, "seed": str(run.seed)}
+    if run.note:
+        tags["mlflow.note.content"] = run.note
     git = code_state()
     if git is not None:
         tags |= {"mlflow.source.git.commit": git.commit, "git.dirty": str(git.dirty).lower()}

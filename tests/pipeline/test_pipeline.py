@@ -146,6 +146,20 @@ def test_every_variant_is_one_finished_run_in_mlflow(project: Path) -> None:
     assert runs["bigram"].data.tags["mlflow.note.content"] == "Talk to it: `chargpt serve models/bigram-s1`"
 
 
+def test_make_serve_takes_the_best_and_the_smallest_of_the_comparison(project: Path) -> None:
+    metrics = json.loads((project / "reports/comparison.json").read_text())
+    best = min(metrics, key=lambda variant: metrics[variant]["val_full"])
+    command = [sys.executable, "-m", "pipelines.tools.serve", "--port", "0"]
+    with subprocess.Popen(command, cwd=project, env=environment(project), stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        served = []
+        while not (line := server.stdout.readline()).startswith("serving at") and line:
+            served.append(line.split(":")[0])
+        server.terminate()
+    assert line, "it did not come up"
+    assert served == list(dict.fromkeys([best, "bigram"]))
+
+
 def test_mlflow_can_draw_the_loss_over_tokens_and_seconds(project: Path) -> None:
     from mlflow.tracking import MlflowClient
 

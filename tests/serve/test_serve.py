@@ -547,3 +547,20 @@ def test_the_command_serves_until_a_signal(name: str, tmp_path: Path) -> None:
             list(stream)
     _, err = process.communicate(timeout=20)
     assert (process.returncode, err) == (0, "")
+
+
+def test_an_impatient_ctrl_c_ends_it_as_quietly(tmp_path: Path) -> None:
+    """A signal comes twice, too, when `timeout` sends it, or make hands it on to what it started."""
+    save_checkpoint(tmp_path / "mine", made(TOKENIZER.vocab_size, 1), TOKENIZER, {"step": 0})
+    command = [sys.executable, "-c", "from chargpt.cli import main; main()", "serve", "mine", "--port", "0"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    url = [process.stdout.readline() for _ in range(2)][1].removeprefix("serving at ").split(",")[0]
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client:
+        stream = client.completions.create(model="mine", prompt="a", max_tokens=100_000, stream=True)
+        next(iter(stream))
+        for _ in range(3):
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.02)  # else they may count as one
+        _, err = process.communicate(timeout=20)
+    assert (process.returncode, err) == (0, "")
