@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from chargpt.config import BigramConfig, SampleConfig, TransformerConfig
@@ -174,13 +174,27 @@ def test_broken_weights_are_an_error_for_the_user() -> None:
 # --------------------------------------------------------------------------------------------------------- stop texts
 
 
-@example("baa", ["a", "baa"], [1, 1])
-@given(
+CUT = (
     st.text("ab", max_size=30),
     st.lists(st.text("ab", min_size=1, max_size=4), max_size=3),
     st.lists(st.integers(1, 4), max_size=30),
 )
+
+
+@pytest.mark.slow
+@settings(max_examples=10_000)
+@given(*CUT)
+def test_no_stop_text_leaks_in_ten_thousand_cases(text: str, stops: list[str], cuts: list[int]) -> None:
+    passes_up_to_the_first_stop_text(text, stops, cuts)
+
+
+@example("baa", ["a", "baa"], [1, 1])
+@given(*CUT)
 def test_text_passes_up_to_the_first_stop_text_however_it_is_cut(text: str, stops: list[str], cuts: list[int]) -> None:
+    passes_up_to_the_first_stop_text(text, stops, cuts)
+
+
+def passes_up_to_the_first_stop_text(text: str, stops: list[str], cuts: list[int]) -> None:
     until, passed, rest = Until(stops), "", text
     for cut in [*cuts, len(text)]:
         piece, rest = rest[:cut], rest[cut:]

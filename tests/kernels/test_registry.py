@@ -237,3 +237,19 @@ def test_the_mark_for_torch_compile_is_the_one_that_it_sets_itself() -> None:
     def theirs() -> None: ...
 
     assert vars(assume_constant_result(ours)) == vars(torch.compiler.assume_constant_result(theirs)) != {}
+
+
+def test_torch_compile_takes_the_choice_as_a_constant_and_does_not_trace_the_search(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def search(*asked: object) -> int:
+        torch._dynamo.graph_break()  # raises where it is traced
+        return len(registry.BACKENDS) - 1
+
+    monkeypatch.setattr(registry, "_choose", search)
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def compiled(x: torch.Tensor) -> torch.Tensor:
+        return x + registry.choose("causal_attention", "cpu", torch.float32, "auto")
+
+    assert compiled(torch.zeros(1)).item() == len(registry.BACKENDS) - 1

@@ -224,6 +224,13 @@ def test_evaluations_take_a_tenth_of_the_time_at_most(minutes: float, tokens: in
     assert len(said(fitted, "eval_interval")) == len(said(fitted, "patience")) == 1
 
 
+@pytest.mark.parametrize(("evaluation", "count"), [(1_000, 10), (10_000_000, 30)])
+def test_a_run_is_evaluated_ten_to_thirty_times(evaluation: float, count: int) -> None:
+    """The fewest where they are dear, the most where they cost nothing."""
+    config = fit(Request(minutes=3), MILLION, machine(evaluation=evaluation)).config
+    assert config.max_steps / config.eval_interval == pytest.approx(count, abs=0.2)
+
+
 # ----------------------------------------------------------------------------------------------------------- memory
 
 
