@@ -76,7 +76,7 @@ class NativeDecoder:
             raise ChargptError(f"this model cannot be decoded in C++: {problem}")
         assert isinstance(model, Transformer)
         require_room(model, slots, precision)
-        self.block_size, self.slots = model.block_size, slots
+        self.block_size, self.vocab_size, self.slots = model.block_size, model.vocab_size, slots
         self.threads = max(1, torch.get_num_threads() if threads is None else threads)
         with torch.no_grad():
             self._decoder = module.Decoder(_described(model, precision), slots, self.threads)
@@ -101,7 +101,7 @@ class NativeDecoder:
             sample,
             keep,
             config.temperature,
-            config.top_k or 0,
+            min(config.top_k or 0, self.vocab_size),
             config.top_p or 1.0,
             config.min_p or 0.0,
             bias,

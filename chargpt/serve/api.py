@@ -48,7 +48,7 @@ class Options(BaseModel):
     seed: int | None = None
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
-    logit_bias: dict[int, Annotated[float, Field(allow_inf_nan=False)]] = {}
+    logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] = {}
     user: str | None = None
     # more than OpenAI has
     top_k: int | None = Field(None, ge=1)

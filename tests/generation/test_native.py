@@ -165,7 +165,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"temperature": 1e-12},
     {"temperature": 50.0, "top_p": 0.3},
     {"top_k": 1},
-    {"top_k": 1000, "top_p": 1.0, "min_p": 1.0},
+    {"top_k": 10**30, "top_p": 1.0, "min_p": 1.0},
     {"keep": 3, "temperature": 2.0, "seed": 2**63 - 1},
 ]
 

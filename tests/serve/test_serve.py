@@ -387,6 +387,12 @@ def test_too_many_are_told_to_wait(served: Served) -> None:
         ({"model": "small", "prompt": ["a"] * 33}, 400, "prompt"),
         ({"model": "small", "prompt": "é"}, 400, "has no 'é'"),
         ({"model": "small", "logit_bias": {"99": 1}}, 400, "logit_bias names tokens outside the vocabulary of 20"),
+        (
+            {"model": "small", "logit_bias": {"1": 1e308}},
+            400,
+            "logit_bias.1: Input should be less than or equal to 100",
+        ),
+        ({"model": "small", "logit_bias": {"1": "nan"}}, 400, "logit_bias.1:"),
         ({"model": "small", "allow": "é"}, 400, "no token of this model has the character 'é'"),
         ({"model": "small", "best_of": 2}, 400, "best_of: is not something that these models can do"),
         ({"model": "small", "suffix": "x"}, 400, "suffix: is not something"),
@@ -402,7 +408,15 @@ def test_what_cannot_be_is_refused_with_a_reason(served: Served, content: Any, s
 
 
 def test_what_says_nothing_is_taken(served: Served) -> None:
-    nothing = {"logit_bias": {}, "best_of": 1, "suffix": None, "tools": None, "frequency_penalty": 0, "stop": None}
+    nothing = {
+        "logit_bias": {},
+        "top_k": 10**30,
+        "best_of": 1,
+        "suffix": None,
+        "tools": None,
+        "frequency_penalty": 0,
+        "stop": None,
+    }
     found = served.post("/v1/completions", {"model": "small", "prompt": "a", "max_tokens": 3, **nothing})
     assert len(found.json()["choices"][0]["text"]) == 3
 
