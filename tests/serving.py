@@ -14,7 +14,7 @@ from chargpt.config import TransformerConfig
 from chargpt.models import LanguageModel, build_model
 from chargpt.serve.app import build_app
 from chargpt.serve.engine import ModelEngine
-from chargpt.serve.listen import bind
+from chargpt.serve.listen import bind, configured
 from chargpt.tokenizers import CharacterTokenizer
 
 TOKENIZER = CharacterTokenizer("\n .:ABENRSTUabcdefgh")
@@ -56,8 +56,7 @@ class Running:
 
     def __init__(self, engines: dict[str, ModelEngine], **options: Any) -> None:
         listener = bind("127.0.0.1", 0)
-        config = uvicorn.Config(build_app(engines, **options), log_level="error", server_header=False)
-        self.server = uvicorn.Server(config)
+        self.server = uvicorn.Server(configured(build_app(engines, **options)))
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [listener]})
         self.thread.start()
         while not self.server.started:

@@ -50,7 +50,9 @@ def add(commands: Commands) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    api_key = arguments.api_key or os.environ.get("CHARGPT_API_KEY")
+    api_key = os.environ.get("CHARGPT_API_KEY") if arguments.api_key is None else arguments.api_key
+    if api_key == "":
+        raise ConfigError("the API key is empty: give one with CHARGPT_API_KEY or --api-key, or neither of them")
     if arguments.host not in LOOPBACK and not (api_key and arguments.allow_host):
         raise ConfigError(
             f"--host {arguments.host} is open to others: name with --allow-host what they call this server, and ask "

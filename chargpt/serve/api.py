@@ -7,9 +7,20 @@ import base64
 import math
 import secrets
 import time
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    FailFast,
+    Field,
+    PlainValidator,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from chargpt.generation import Piece
 from chargpt.serve.engine import Delta
@@ -17,16 +28,46 @@ from chargpt.serve.look import Place
 from chargpt.tokenizers import Tokenizer
 
 MOST_ANSWERS, MOST_PROMPTS, MOST_TOKENS = 16, 32, 100_000
+MOST_SHOWN = MOST_ANSWERS * MOST_TOKENS  # tokens and alternatives of a whole answer
 NOT_HERE = "is not something that these models can do; leave it out"
+PROMPT = f"a prompt is a text or a list of tokens, or a list of at most {MOST_PROMPTS} of them"
 
 
-def _nothing(value: Any) -> Any:
-    if value not in (None, [], {}, 0, 1, False, "", "auto", "none", {"type": "text"}):
-        raise ValueError(NOT_HERE)
-    return None
+# Fields that are refused, but for values that mean nothing and that some clients send.
+MEANS_NOTHING: dict[str, tuple[Any, ...]] = {
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "best_of": (1,),
+    "suffix": ("",),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "functions": ([],),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "audio": (),
+}
 
 
-Unsupported = Annotated[Any, BeforeValidator(_nothing)]  # some clients send what means nothing
+def _tokens(value: Any) -> bool:
+    return isinstance(value, list) and all(type(token) is int for token in value)
+
+
+def _one_prompt(value: Any) -> Any:
+    if not isinstance(value, str) and not (_tokens(value) and 0 < len(value) <= MOST_TOKENS):
+        raise ValueError(f"a prompt is a text, or a list of 1 to {MOST_TOKENS:,} tokens")
+    return value
+
+
+def _prompts(value: Any) -> Any:
+    """As one list, whichever of the four forms came."""
+    if isinstance(value, str) or (_tokens(value) and value):
+        return [value]
+    if not isinstance(value, list) or not 0 < len(value) <= MOST_PROMPTS:
+        raise ValueError(PROMPT)
+    if not all(isinstance(prompt, str) for prompt in value) and not all(map(_tokens, value)):
+        raise ValueError(PROMPT)
+    return value
 
 
 class StreamOptions(BaseModel):
@@ -56,16 +97,22 @@ class Options(BaseModel):
     allow: str | None = Field(None, min_length=1)
     ban: str = ""
     return_token_ids: bool = False  # vLLM's name
-    # what is refused unless it says nothing
-    presence_penalty: Unsupported = None
-    frequency_penalty: Unsupported = None
-    best_of: Unsupported = None
-    tools: Unsupported = None
-    tool_choice: Unsupported = None
-    functions: Unsupported = None
-    response_format: Unsupported = None
-    modalities: Unsupported = None
-    audio: Unsupported = None
+    # of MEANS_NOTHING
+    presence_penalty: Any = None
+    frequency_penalty: Any = None
+    best_of: Any = None
+    tools: Any = None
+    tool_choice: Any = None
+    functions: Any = None
+    response_format: Any = None
+    modalities: Any = None
+    audio: Any = None
+
+    @field_validator(*MEANS_NOTHING, check_fields=False)
+    @classmethod
+    def _unsupported(cls, value: Any, field: ValidationInfo) -> None:
+        if value is not None and value not in MEANS_NOTHING[str(field.field_name)]:
+            raise ValueError(NOT_HERE)
 
     @model_validator(mode="before")
     @classmethod
@@ -79,25 +126,17 @@ class Options(BaseModel):
 
 
 class CompletionRequest(Options):
-    prompt: str | list[int] | Annotated[list[str], Field(max_length=MOST_PROMPTS)] | list[list[int]] = ""
+    prompt: Annotated[list[str | list[int]], PlainValidator(_prompts)] = [""]
     max_tokens: int = Field(16, ge=0, le=MOST_TOKENS)  # 0 with echo alone: only what the prompt's tokens weigh
     logprobs: int | None = Field(None, ge=0, le=100)
     echo: bool = False
-    suffix: Unsupported = None
+    suffix: Any = None
 
     @model_validator(mode="after")
     def _something_to_do(self) -> "CompletionRequest":
         if self.max_tokens == 0 and not self.echo:
             raise ValueError("max_tokens is at least 1, or 0 with echo")
         return self
-
-    @property
-    def prompts(self) -> list[str | list[int]]:
-        """One list, whichever of the four forms came."""
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        ids = [part for part in self.prompt if isinstance(part, int)]
-        return [ids] if ids else [part for part in self.prompt if not isinstance(part, int)]
 
 
 class LookRequest(BaseModel):
@@ -106,8 +145,8 @@ class LookRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
     model: str
-    prompt: str | Annotated[list[int], Field(min_length=1, max_length=MOST_TOKENS)] = ""
-    written: list[int] = Field([], max_length=MOST_TOKENS)  # by the model, behind the prompt
+    prompt: Annotated[str | list[int], PlainValidator(_one_prompt)] = ""
+    written: Annotated[list[int], FailFast()] = Field([], max_length=MOST_TOKENS)  # by the model, behind the prompt
     top: int = Field(10, ge=1, le=1000)
     attention: bool = False
 
@@ -133,7 +172,7 @@ class ChatRequest(Options):
     max_completion_tokens: int | None = Field(None, ge=1, le=MOST_TOKENS)
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=100)
-    parallel_tool_calls: Unsupported = None
+    parallel_tool_calls: Any = None
 
     @property
     def prompt(self) -> str:
@@ -159,25 +198,26 @@ def usage(prompt: int, completion: int) -> dict[str, int]:
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
-def completion_logprobs(tokenizer: Tokenizer, piece: Piece, top: list[list[tuple[int, float]]], offset: int) -> Any:
-    """offset: characters of the text before the piece"""
-    texts = [tokenizer.decode([token]) for token in piece.tokens]
-    offsets = [offset + sum(map(len, texts[:i])) for i in range(len(texts))]
+def completion_logprobs(
+    texts: Sequence[str], piece: Piece, top: list[list[tuple[int, float]]], offset: int
+) -> dict[str, Any]:
+    """texts: of each token of the vocabulary; offset: characters of the text before the piece"""
+    shown = [texts[token] for token in piece.tokens]
     return {
-        "tokens": texts,
+        "tokens": shown,
         "token_logprobs": [finite(logprob) for logprob in piece.logprobs],
-        "top_logprobs": [{tokenizer.decode([token]): finite(p) for token, p in row} for row in top] or None,
-        "text_offset": offsets,
+        "top_logprobs": [{texts[token]: finite(p) for token, p in row} for row in top] or None,
+        "text_offset": list(accumulate(map(len, shown), initial=offset))[:-1],
     }
 
 
-def scored_prompt(tokenizer: Tokenizer, tokens: list[int], scores: Delta) -> Any:
+def scored_prompt(texts: Sequence[str], tokens: list[int], scores: Delta) -> dict[str, Any]:
     """Of a prompt as its echo has them: nothing comes before the first token, so that has none.
 
     scores: of the others
     """
-    found = completion_logprobs(tokenizer, Piece("", tokens[:1], [0.0], None), [], 0)
-    others = completion_logprobs(tokenizer, scores.piece, scores.top, len(found["tokens"][0]))
+    found = completion_logprobs(texts, Piece("", tokens[:1], [0.0], None), [], 0)
+    others = completion_logprobs(texts, scores.piece, scores.top, len(found["tokens"][0]))
     found = {name: (values or []) + (others[name] or []) for name, values in found.items()}
     found["token_logprobs"][0] = None
     found["top_logprobs"] = [None, *found["top_logprobs"]] if found["top_logprobs"] else None
@@ -209,9 +249,9 @@ def texts(tokenizer: Tokenizer, tokens: list[int]) -> list[str]:
     return [decoder([token]) for token in tokens]
 
 
-def chat_logprobs(tokenizer: Tokenizer, delta: Delta) -> Any:
+def chat_logprobs(texts: Sequence[str], delta: Delta) -> Any:
     def entry(token: int, logprob: float) -> dict[str, Any]:
-        text = tokenizer.decode([token])
+        text = texts[token]
         return {"token": text, "bytes": list(text.encode()), "logprob": finite(logprob)}
 
     rows = delta.top or [[] for _ in delta.piece.tokens]

@@ -13,53 +13,30 @@ from typing import Any, TypeVar
 
 import pydantic
 import torch
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from chargpt.config import SampleConfig
 from chargpt.errors import ChargptError
-from chargpt.generation import Piece, prompt_tokens
+from chargpt.generation import Piece
 from chargpt.generation.generator import token_bias
 from chargpt.serve import api
 from chargpt.serve.engine import BusyError, Delta, Job, ModelEngine, scores
 from chargpt.serve.look import look
+from chargpt.serve.metrics import Metrics
 from chargpt.serve.page import FILES, answer_with
-from chargpt.tokenizers import Tokenizer
+from chargpt.serve.prompts import known_tokens, require_known, unknown_characters
 
-MOST_BYTES = 2**20  # of a request's body
+MOST_BYTES, BODY_SECONDS = 2**20, 30.0  # of a request's body, and how long it may take to come
+AT_ONCE = 2_000  # tokens and alternatives that are written as JSON on the server's own thread
 FLUSH_SECONDS = 1 / 30  # from one write of a stream to the next
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]", "::1")
 T = TypeVar("T", bound=pydantic.BaseModel)
-
-
-class Metrics:
-    """Prometheus' numbers, by vLLM's names where they mean the same."""
-
-    def __init__(self, engines: Mapping[str, ModelEngine]) -> None:
-        self.registry, names = CollectorRegistry(), ["model_name"]
-        running = Gauge("vllm:num_requests_running", "streams that are written", names, registry=self.registry)
-        waiting = Gauge("vllm:num_requests_waiting", "streams that wait", names, registry=self.registry)
-        for name, engine in engines.items():
-            running.labels(name).set_function(lambda engine=engine: engine.running)  # type: ignore[misc]
-            waiting.labels(name).set_function(lambda engine=engine: engine.waiting)  # type: ignore[misc]
-        self.prompt = Counter("vllm:prompt_tokens", "tokens of prompts", names, registry=self.registry)
-        self.generated = Counter("vllm:generation_tokens", "tokens written", names, registry=self.registry)
-        self.finished = Counter(
-            "vllm:request_success", "streams that ended", [*names, "finished_reason"], registry=self.registry
-        )
-        self.first = Histogram(
-            "vllm:time_to_first_token_seconds",
-            "until a request's first token",
-            names,
-            registry=self.registry,
-            buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5, 25),
-        )
-        self.whole = Histogram("vllm:e2e_request_latency_seconds", "of a request", names, registry=self.registry)
 
 
 @dataclass
@@ -100,7 +77,7 @@ class Guard:
     """Refuses a foreign Host, which a page of another site may have made the browser send, and a wrong key."""
 
     def __init__(self, app: ASGIApp, api_key: str | None, hosts: Sequence[str]) -> None:
-        self.app, self.api_key, self.hosts = app, api_key, set(hosts)
+        self.app, self.api_key, self.hosts = app, api_key, {host.lower() for host in hosts}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -116,8 +93,8 @@ class Guard:
         if name.lower() not in self.hosts:
             return error("this server does not answer for that Host; start it with --allow-host", 400, code="bad_host")
         if self.api_key is not None and path not in ("/health", *FILES):  # the page asks for the key
-            given = headers.get(b"authorization", b"")
-            if not hmac.compare_digest(given, b"Bearer " + self.api_key.encode()):
+            scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+            if scheme.lower() != b"bearer" or not hmac.compare_digest(given, self.api_key.encode()):
                 return error("the API key is missing or wrong", 401, "authentication_error", code="invalid_api_key")
         return None
 
@@ -163,18 +140,20 @@ class Server:
     async def completions(self, request: Request) -> Response:
         asked_for = await body(request, api.CompletionRequest)
         engine = self._engine(asked_for.model)
-        count, top = asked_for.max_tokens, asked_for.logprobs or 0
-        asked = self._ask(engine, asked_for, asked_for.prompts, count, asked_for.stop, top)
-        texts = [prompt if isinstance(prompt, str) else engine.tokenizer.decode(prompt) for prompt in asked_for.prompts]
-        start = [texts[i // asked_for.n] if asked_for.echo else "" for i in range(len(asked.jobs))]
-        shown = [len(text) for text in start]
+        n, count = asked_for.n, asked_for.max_tokens
+        shows_prompts = asked_for.echo or asked_for.return_token_ids
+        asked = self._ask(engine, asked_for, asked_for.prompt, count, asked_for.stop, asked_for.logprobs, shows_prompts)
         decoders = [engine.tokenizer.decoder() for _ in asked.jobs]
+        prompts = asked.jobs[::n]
+        texts = [await asyncio.to_thread(api.texts, engine.tokenizer, job.window) for job in prompts if shows_prompts]
+        start = ["".join(texts[i // n]) if asked_for.echo else "" for i in range(len(asked.jobs))]
+        shown = [len(text) for text in start]
         weights: list[Any] = []  # of each prompt
         if asked_for.echo and asked_for.logprobs is not None:
             try:
-                if any(len(job.window) > api.MOST_TOKENS for job in asked.jobs):
+                if any(len(job.window) > api.MOST_TOKENS for job in prompts):
                     raise HTTPException(400, _error(f"at most {api.MOST_TOKENS:,} tokens of a prompt can be scored"))
-                weights = [await self._scored(request, engine, job.window, top) for job in asked.jobs[:: asked_for.n]]
+                weights = [await self._scored(request, engine, job.window, asked_for.logprobs) for job in prompts]
             except BaseException:
                 asked.give_up()
                 raise
@@ -182,9 +161,9 @@ class Server:
         def choice(i: int, delta: Delta, first: bool) -> dict[str, Any]:
             logprobs = None
             if asked_for.logprobs is not None:
-                logprobs = api.completion_logprobs(engine.tokenizer, delta.piece, delta.top, shown[i])
+                logprobs = api.completion_logprobs(engine.texts, delta.piece, delta.top, shown[i])
                 if first and weights:
-                    before = weights[i // asked_for.n]
+                    before = weights[i // n]
                     logprobs = {name: (before[name] or []) + (logprobs[name] or []) or None for name in logprobs}
             text = (start[i] if first else "") + delta.piece.text
             shown[i] += len(delta.piece.text)
@@ -194,7 +173,7 @@ class Server:
                 found["token_texts"] = [decoders[i]([token]) for token in delta.piece.tokens]
                 if first:
                     found["prompt_token_ids"] = asked.jobs[i].window
-                    found["prompt_token_texts"] = api.texts(engine.tokenizer, asked.jobs[i].window)
+                    found["prompt_token_texts"] = texts[i // n]
             return found
 
         return await self._answer(request, asked_for, asked, "text_completion", choice, choice)
@@ -202,13 +181,21 @@ class Server:
     async def _scored(self, request: Request, engine: ModelEngine, tokens: list[int], top: int) -> Any:
         async with self.scoring:  # one at a time: it takes the cores from the streams
             leaving = asyncio.ensure_future(_gone(request))
+
+            def given_up() -> bool:
+                return leaving.done() or engine.closed
+
+            def work() -> Any:
+                found = scores(engine.model, tokens, top, engine.device, given_up)
+                return None if given_up() else api.scored_prompt(engine.texts, tokens, found)
+
             try:
-                found = await asyncio.to_thread(scores, engine.model, tokens, top, engine.device, leaving.done)
-                if leaving.done():
-                    raise HTTPException(499)  # nobody reads it
+                found = await asyncio.to_thread(work)
             finally:
                 leaving.cancel()
-        return api.scored_prompt(engine.tokenizer, tokens, found)
+        if found is None:  # nobody reads it, or it is the end
+            raise HTTPException(503, _error("the server ends; ask again later", "server_error"))
+        return found
 
     async def look(self, request: Request) -> Response:
         asked_for = await body(request, api.LookRequest)
@@ -228,12 +215,12 @@ class Server:
         asked_for = await body(request, api.ChatRequest)
         engine = self._engine(asked_for.model)
         count = asked_for.max_completion_tokens or asked_for.max_tokens
-        top = asked_for.top_logprobs if asked_for.logprobs else 0
+        top = asked_for.top_logprobs if asked_for.logprobs else None
         asked = self._ask(engine, asked_for, [asked_for.prompt], count, asked_for.ends, top, unknown="replace")
 
         def choice(kind: str) -> Callable[[int, Delta, bool], dict[str, Any]]:
             def build(i: int, delta: Delta, first: bool) -> dict[str, Any]:
-                logprobs = api.chat_logprobs(engine.tokenizer, delta) if asked_for.logprobs else None
+                logprobs = api.chat_logprobs(engine.texts, delta) if asked_for.logprobs else None
                 said = {"role": "assistant"} if first else {}
                 said["content"] = delta.piece.text
                 return {"index": i, kind: said, "logprobs": logprobs, "finish_reason": delta.piece.finish_reason}
@@ -249,8 +236,9 @@ class Server:
         prompts: list[str | list[int]],
         count: int,
         stop: list[str],
-        top: int,
-        unknown: Any = "strict",
+        logprobs: int | None,
+        shows_prompts: bool = False,
+        unknown: str = "strict",
     ) -> Asked:
         """Hand the streams of a request to the engine. Raises HTTPException for what the model cannot take."""
         tokenizer, V = engine.tokenizer, engine.model.vocab_size
@@ -261,7 +249,7 @@ class Server:
         def deliver(number: int) -> Callable[[Delta | ChargptError], None]:
             return lambda delta: events.put_nowait((number, delta))
 
-        total, replaced = 0, 0
+        total, replaced, top = 0, 0, logprobs or 0
         try:
             bias = token_bias(tokenizer, options.allow, options.ban)
             if options.logit_bias:
@@ -270,11 +258,17 @@ class Server:
                 bias = torch.zeros(V) if bias is None else bias
                 for token, value in options.logit_bias.items():
                     bias[token] += value
-            for prompt in prompts:
-                window = known_tokens(engine, prompt, unknown)
-                if unknown == "replace" and isinstance(prompt, str):
-                    replaced += unknown_characters(tokenizer, prompt)
-                total += len(window)
+            windows = [known_tokens(engine, prompt, unknown) for prompt in prompts]
+            total = sum(map(len, windows))
+            shown = options.n * (count * len(windows) + (total if shows_prompts else 0)) * (1 + top)
+            if shown > api.MOST_SHOWN:
+                raise ChargptError(
+                    f"this asks for {shown:,} tokens and alternatives of tokens, and {api.MOST_SHOWN:,} is the most: "
+                    "ask for fewer prompts, answers, tokens or logprobs"
+                )
+            if unknown == "replace":
+                replaced = sum(map(partial(unknown_characters, tokenizer), map(str, prompts)))
+            for window in windows:
                 for i in range(options.n):
                     config = SampleConfig(
                         max_new_tokens=count,
@@ -327,10 +321,14 @@ class Server:
             asked.give_up()
             collecting.cancel()
             leaving.cancel()
-        choices = [whole(i, delta, True) for i, delta in enumerate(deltas)]
-        made = sum(len(delta.piece.tokens) for delta in deltas)
-        answer = api.head(kind, options.model) | extra
-        return JSONResponse(answer | {"choices": choices, "usage": api.usage(asked.prompt_tokens, made)})
+
+        def answer() -> Response:
+            choices = [whole(i, delta, True) for i, delta in enumerate(deltas)]
+            made = sum(len(delta.piece.tokens) for delta in deltas)
+            counted = {"choices": choices, "usage": api.usage(asked.prompt_tokens, made)}
+            return JSONResponse(api.head(kind, options.model) | extra | counted)
+
+        return await asyncio.to_thread(answer)  # it may be long, and others wait for this thread
 
     async def _events(self, model: str, asked: Asked) -> AsyncIterator[tuple[int, Delta]]:
         """What comes until all streams have ended. Raises ChargptError when one fails."""
@@ -368,24 +366,32 @@ class Server:
         begun: set[int] = set()
         made, due = 0, 0.0
 
-        def flush() -> str:
+        def written(held: dict[int, list[Delta]]) -> str:
             lines = []
             for i, deltas in held.items():
                 content = head | {"choices": [part(i, joined(deltas), i not in begun)]}
                 begun.add(i)
                 lines.append(_event(content | ({"usage": None} if with_usage else {})))
-            held.clear()
             return "".join(lines)
+
+        async def flush() -> str:
+            nonlocal held
+            taken, held = held, {}
+            deltas = [delta for some in taken.values() for delta in some]
+            if sum(len(delta.piece.tokens) + sum(map(len, delta.top)) for delta in deltas) > AT_ONCE:
+                return await asyncio.to_thread(written, taken)
+            await asyncio.sleep(0)  # others' turn, also where more of this one waits
+            return written(taken)
 
         try:
             async for i, delta in self._events(options.model, asked):
                 made += len(delta.piece.tokens)
                 held.setdefault(i, []).append(delta)
                 if time.perf_counter() >= due:
-                    yield flush()
+                    yield await flush()
                     due = time.perf_counter() + FLUSH_SECONDS
             if held:
-                yield flush()
+                yield await flush()
             if with_usage:
                 yield _event(head | {"choices": [], "usage": api.usage(asked.prompt_tokens, made)})
             yield "data: [DONE]\n\n"
@@ -409,26 +415,6 @@ def joined(deltas: list[Delta]) -> Delta:
     return Delta(piece, [row for delta in deltas for row in delta.top])
 
 
-def known_tokens(engine: ModelEngine, prompt: str | list[int], unknown: str = "strict") -> list[int]:
-    """A prompt as tokens. Raises ChargptError for what the vocabulary does not have."""
-    if isinstance(prompt, str):
-        return prompt_tokens(engine.tokenizer, prompt, unknown)[0].tolist()
-    require_known(engine, prompt)
-    return prompt
-
-
-def require_known(engine: ModelEngine, tokens: list[int]) -> None:
-    last = engine.model.vocab_size - 1
-    if not tokens or not all(0 <= token <= last for token in tokens):
-        raise ChargptError(f"a prompt of tokens has at least one, each from 0 to {last}")
-
-
-def unknown_characters(tokenizer: Tokenizer, text: str) -> int:
-    """How many characters of a text a vocabulary does not have."""
-    unknown = {character for character in set(text) if not len(tokenizer.encode(character, errors="skip"))}
-    return sum(character in unknown for character in text)
-
-
 def _soon(loop: asyncio.AbstractEventLoop, deliver: Callable[[], None]) -> None:
     """From the engine's thread."""
     with contextlib.suppress(RuntimeError):  # the server has ended
@@ -445,11 +431,17 @@ async def body(request: Request, kind: type[T]) -> T:
     """A request's JSON as `kind`. Raises HTTPException for what is not."""
     if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
         raise HTTPException(415, _error("the body must be JSON: Content-Type: application/json"))
-    data = b""
-    async for chunk in request.stream():
-        data += chunk
-        if len(data) > MOST_BYTES:
-            raise HTTPException(413, _error(f"a request has at most {MOST_BYTES:,} bytes"))
+    data = bytearray()
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            async for chunk in request.stream():
+                data += chunk
+                if len(data) > MOST_BYTES:
+                    raise HTTPException(413, _error(f"a request has at most {MOST_BYTES:,} bytes"))
+    except ClientDisconnect:
+        raise HTTPException(499) from None  # nobody reads it
+    except TimeoutError:
+        raise HTTPException(408, _error(f"the body did not come within {BODY_SECONDS:.0f} seconds")) from None
     try:
         return kind.model_validate(json.loads(data))
     except (ValueError, RecursionError) as problem:

@@ -95,6 +95,8 @@ class ModelEngine:
     """One model, and the thread that writes for all who ask.
 
     slots: streams at a time; others wait their turn, up to `most_waiting`
+    texts: of each token alone
+    closed: whether it ends, for whoever else works on this model
     hand_over: how to call what delivers a burst's gains, if not at once and in the engine's thread. One call for all
         streams, because waking another thread costs more than a token.
     """
@@ -110,6 +112,7 @@ class ModelEngine:
     ) -> None:
         self.model, self.tokenizer, self.device = model, tokenizer, device
         self.slots, self.most_waiting = slots, most_waiting
+        self.texts = [tokenizer.decode([token]) for token in range(model.vocab_size)]
         self.chosen = choose_engine(model, engine)
         if self.chosen.engine == "torch":
             self._streams: NativeDecoder | TorchStreams = TorchStreams(model, device)
@@ -119,7 +122,7 @@ class ModelEngine:
         self._waiting: deque[Job] = deque()
         self._jobs: dict[int, tuple[Job, SampleText]] = {}  # by slot
         self._changed = threading.Condition()
-        self._closed = False
+        self.closed = False
         self.hand_over: Callable[[Callable[[], None]], None] = lambda deliver: deliver()
         self._count = 1  # tokens of the next burst
         self.thread = threading.Thread(target=self._run, name="chargpt-engine", daemon=True)
@@ -131,12 +134,12 @@ class ModelEngine:
 
     @property
     def waiting(self) -> int:
-        return len(self._waiting)
+        return sum(not job.given_up for job in list(self._waiting))
 
     def submit(self, jobs: list[Job]) -> None:
         """Write these too. Raises BusyError when too many wait; then none of them is taken."""
         with self._changed:
-            if self._closed or len(self._waiting) + len(jobs) > self.most_waiting:
+            if self.closed or self.waiting + len(jobs) > self.most_waiting:
                 raise BusyError("too many requests wait already; try again in a moment")
             self._waiting.extend(jobs)
             self._changed.notify()
@@ -144,7 +147,7 @@ class ModelEngine:
     def close(self) -> None:
         """Stop. Jobs that are not finished get an error."""
         with self._changed:
-            self._closed = True
+            self.closed = True
             self._changed.notify()
         self.thread.join()
         ended = ChargptError("the server ends; ask again later")
@@ -157,8 +160,8 @@ class ModelEngine:
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._closed or self._waiting or self._jobs)
-                if self._closed:
+                self._changed.wait_for(lambda: self.closed or self._waiting or self._jobs)
+                if self.closed:
                     return
                 joining = self._free_and_fill()
             for slot, job in joining:
