@@ -114,6 +114,7 @@ def test_a_command_to_train_that_cannot_be_carried_out(
         (["serve", "a=RUN", "a=RUN"], r"two models have the same name"),
         (["serve", "RUN", "--port", "99999"], r"--port 99999 is no port"),
         (["serve", "RUN", "--slots", "0"], r"--slots must be from 1 to 1024"),
+        (["serve", "RUN", "--api-key", ""], r"the API key is empty: give one with CHARGPT_API_KEY or --api-key"),
         (["serve", "RUN", "--host", "0.0.0.0"], r"--host 0\.0\.0\.0 is open to others: name with --allow-host"),
         (
             ["serve", "RUN", "--host", "192.0.2.1", "--api-key", "k", "--allow-host", "x"],

@@ -570,7 +570,10 @@ def test_an_impatient_ctrl_c_ends_it_as_quietly(tmp_path: Path) -> None:
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     url = [process.stdout.readline() for _ in range(2)][1].removeprefix("serving at ").split(",")[0]
-    with openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client:
+    half = socket.create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1])))
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    half.sendall(head + b"Content-Length: 9\r\n\r\n{")
+    with half, openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client:
         stream = client.completions.create(model="mine", prompt="a", max_tokens=100_000, stream=True)
         next(iter(stream))
         for _ in range(3):
