@@ -38,17 +38,16 @@ def training(folder: Path, steps: int = 60) -> list[str]:
 # -------------------------------------------------------------------------------------------------------------- streams
 
 
+ALL_STREAMS = [
+    ("2>&1 | head -1; exit ${PIPESTATUS[0]}", 0),
+    ("<&- >&- 2>&-", 0),
+    (">/dev/full 2>/dev/full", 2),
+]
+ONE_STREAM = [("| true; exit ${PIPESTATUS[0]}", 0), ("2>&-", 0), ("2>/dev/full", 0), (">/dev/full", 2)]
+
+
 @pytest.mark.parametrize(
-    ("redirections", "code"),
-    [
-        ("2>&1 | head -1; exit ${PIPESTATUS[0]}", 0),
-        ("| true; exit ${PIPESTATUS[0]}", 0),
-        ("<&- >&- 2>&-", 0),
-        ("2>&-", 0),
-        ("2>/dev/full", 0),
-        (">/dev/full", 2),
-        (">/dev/full 2>/dev/full", 2),
-    ],
+    ("redirections", "code"), [*ALL_STREAMS, *(pytest.param(*one, marks=pytest.mark.slow) for one in ONE_STREAM)]
 )
 def test_a_run_is_trained_and_kept_whatever_its_streams_are(redirections: str, code: int, tmp_path: Path) -> None:
     command = training(tmp_path)

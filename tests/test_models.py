@@ -544,6 +544,7 @@ def test_gradients_are_those_of_finite_differences(parts: dict[str, Any]) -> Non
     assert (losses[0] - losses[1]) / (2 * step) == pytest.approx(slope, rel=1e-5, abs=1e-7)
 
 
+@pytest.mark.slow
 def test_torch_compile_takes_a_transformer_as_one_graph() -> None:
     config = tiny(n_layer=1, position="rotary", norm="rmsnorm", mlp="swiglu", n_kv_head=2, logit_softcap=10.0)
     model = build_model(config, V, seed=0)

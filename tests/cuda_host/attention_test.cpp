@@ -203,12 +203,9 @@ constexpr AttentionOptions kDropped{.scale = 0.3, .window = 0, .dropout = true, 
 constexpr AttentionOptions kWindowed{.scale = -0.3, .window = 21};
 
 // What races depend on: several tiles, so that buffers are used again; several rounds of strips; several heads.
-const std::vector<Case> kFew = {
+const std::vector<Case> kCases = {
     {{1, 1, 1, 100, 135, 16}, {.scale = 0.3}, 0, true},
     {{1, 2, 1, 70, 140, 16}, kDropped, 0, false},
-};
-
-const std::vector<Case> kAll = {
     {{1, 1, 1, 130, 200, 32}, {.scale = 0.3}, 0, true},
     {{1, 1, 1, 130, 200, 32}, {.scale = 0.3}, 0, false},
     {{2, 2, 1, 70, 70, 64}, kDropped, 0, true},
@@ -225,12 +222,11 @@ const std::vector<Case> kAll = {
 
 }  // namespace
 
-// With an argument only kFew, in bfloat16 and float32: ThreadSanitizer is slow.
-int main(int count, char**) {
-  for (const Case& c : count > 1 ? kFew : kAll) {
+int main() {
+  for (const Case& c : kCases) {
     check<__nv_bfloat16>(c, DType::kBFloat16);
     check<float>(c, DType::kFloat32);
-    if (count == 1) check<__half>(c, DType::kFloat16);
+    check<__half>(c, DType::kFloat16);
   }
   std::printf("attention: %d failures\n", failures);
   return failures == 0 ? 0 : 1;

@@ -23,7 +23,9 @@ PIECES = {
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    "target", [pytest.param(name, marks=[pytest.mark.slow] if name == "kills" else []) for name in TARGETS]
+)
 def test_every_piece_is_taken_or_refused(target: str, tmp_path: Path) -> None:
     made = TARGETS[target](tmp_path)
     outcomes = set()

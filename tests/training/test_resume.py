@@ -12,7 +12,12 @@ from chargpt.config import override
 SHORT = override(runs.BIGRAM, ["max_steps=2", "eval_interval=2", "log_interval=3"])
 
 
-@pytest.mark.parametrize("case", runs.CASES)
+QUICK = ("bigram-random-ema", "transformer-adamw-random-accumulated-ema", "transformer-muon-epoch")
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in runs.CASES]
+)
 def test_resume_after_sigkill_at_random_moments_is_bitwise_identical(case: str, tmp_path: Path) -> None:
     config = runs.CASES[case]
     moments = runs.count_moments(tmp_path / "counted", config)

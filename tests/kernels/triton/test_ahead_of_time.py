@@ -113,15 +113,8 @@ def compile_attention(dtype: torch.dtype, D: int, options: tuple[Any, ...], T: i
 
 
 SEED = torch.tensor(7)
-# dtype, D, dropout, window, T; bfloat16 and D = 64 is what the project trains with, with and without dropout, and the
-# next three have spilled with larger tiles. The others are slow together.
-QUICK = [
-    (torch.bfloat16, 64, 0.0, None, 512),
-    (torch.bfloat16, 64, 0.2, None, 512),
-    (torch.bfloat16, 31, 0.2, 100, 512),
-    (torch.bfloat16, 128, 0.0, 100, 512),
-    (torch.float32, 64, 0.0, None, 512),
-]
+# dtype, D, dropout, window, T: what the project trains with, and what has spilled with larger tiles.
+QUICK = [(torch.bfloat16, 64, 0.2, None, 512), (torch.bfloat16, 128, 0.0, 100, 512)]
 THOROUGH = [
     (dtype, D, dropout, window, T)
     for dtype in (torch.bfloat16, torch.float16, torch.float32)
@@ -187,6 +180,7 @@ def test_cross_entropy_compiles_within_its_means(
             assert re.search(r"st\.global(\.\w+)*\.v4\.b32", ptx)
 
 
+@pytest.mark.slow
 def test_few_rows_are_counted_and_added_in_one_launch_and_many_in_two(compiled: list[Launch], tmp_path: Path) -> None:
     def grids(N: int) -> list[tuple[str, tuple[int, ...]]]:
         compiled.clear()

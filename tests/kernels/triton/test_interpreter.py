@@ -15,19 +15,21 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 
 
+LONG = [pytest.mark.slow, pytest.mark.timeout(3 * 3600)]
+
+
 @pytest.mark.parametrize(
     "chosen",
-    ["attention", "cross_entropy", "not attention and not cross_entropy"],
+    [
+        "not attention and not cross_entropy",
+        pytest.param("attention", marks=LONG),
+        pytest.param("cross_entropy", marks=LONG),
+    ],
 )
-@pytest.mark.parametrize(
-    "marker", ["not slow", pytest.param("slow", marks=[pytest.mark.slow, pytest.mark.timeout(3 * 3600)])]
-)
-def test_interpreted(chosen: str, marker: str) -> None:
-    if marker == "slow" and chosen.startswith("not"):
-        pytest.skip("none of these is slow")
+def test_interpreted(chosen: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", "--timeout", "0"]
     done = subprocess.run(
-        [*command, "-m", marker, "-k", chosen, str(Path(__file__).with_name("interpreted.py"))],
+        [*command, "-m", "slow or not slow", "-k", chosen, str(Path(__file__).with_name("interpreted.py"))],
         cwd=Path(__file__).parents[3],
         env={**os.environ, **products(), "TRITON_INTERPRET": "1"},
         capture_output=True,
