@@ -26,7 +26,7 @@ from chargpt.errors import ChargptError
 from chargpt.generation import Piece
 from chargpt.generation.generator import token_bias
 from chargpt.serve import api
-from chargpt.serve.engine import BusyError, Delta, Job, ModelEngine, scores
+from chargpt.serve.engine import ENDED, BusyError, Delta, Job, ModelEngine, scores
 from chargpt.serve.look import look
 from chargpt.serve.metrics import Metrics
 from chargpt.serve.page import FILES, answer_with
@@ -194,7 +194,7 @@ class Server:
             finally:
                 leaving.cancel()
         if found is None:  # nobody reads it, or it is the end
-            raise HTTPException(503, _error("the server ends; ask again later", "server_error"))
+            raise HTTPException(503, _error(ENDED, "server_error"))
         return found
 
     async def look(self, request: Request) -> Response:

@@ -27,6 +27,7 @@ from chargpt.tokenizers import Tokenizer
 BURST_SECONDS = 0.01  # the longest that a new stream, or one that is given up, waits for the others
 MOST_AT_ONCE = 64  # tokens of a burst
 SCORED = 64  # tokens that one window scores of a prompt
+ENDED = "the server ends; ask again later"
 
 
 class BusyError(ChargptError):
@@ -150,8 +151,9 @@ class ModelEngine:
             self.closed = True
             self._changed.notify()
         self.thread.join()
-        ended = ChargptError("the server ends; ask again later")
-        self._deliver([(job, ended) for job in [*self._waiting, *(job for job, _ in self._jobs.values())]])
+        self._deliver(
+            [(job, ChargptError(ENDED)) for job in [*self._waiting, *(job for job, _ in self._jobs.values())]]
+        )
         self._waiting.clear()
         self._jobs.clear()
 
