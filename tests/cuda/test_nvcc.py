@@ -71,6 +71,7 @@ def test_every_budget_is_some_kernels(chip: str) -> None:
     assert set(budgets()) == {budget_of(kernel) for kernel in kernels(chip)} - {None}
 
 
+@pytest.mark.slow
 def test_every_source_with_kernels_was_looked_at() -> None:
     """A kernel that no launcher names is not compiled, and would escape the tests above."""
     pattern = re.compile(r"__global__ void (?:__launch_bounds__\([^()]*\) )?(\w+)\(")

@@ -20,6 +20,7 @@ import openai
 import pytest
 import torch
 
+import chargpt.serve
 from chargpt import cli
 from chargpt.checkpoint import save_checkpoint
 from chargpt.config import SampleConfig
@@ -532,6 +533,7 @@ def test_small_writes_are_sent_at_once() -> None:
 def test_without_its_extra_it_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(chargpt, "serve", chargpt.serve)  # comes back too: else there are two of it from here on
     for name in [name for name in sys.modules if name.startswith("chargpt.serve")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "uvicorn", None)

@@ -297,7 +297,7 @@ def test_the_pointer_looks_until_a_place_is_chosen(page: Page) -> None:
 
 
 def test_a_stream_is_stopped(page: Page, served: Served) -> None:
-    page.fill(prompt="abc", n=2, max_tokens=20_000, seed=7)
+    page.fill(prompt="abc", n=2, max_tokens=100_000, seed=7)
     page.one("#ask .first").click()
     page.until(lambda: page.answers() and all(page.answers()))
     page.one("#stop").click()
