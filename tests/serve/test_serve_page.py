@@ -296,8 +296,16 @@ def test_the_pointer_looks_until_a_place_is_chosen(page: Page) -> None:
     page.looked(f"Token {fourth + 1} of answer 1")
 
 
-def test_a_stream_is_stopped(page: Page, served: Served) -> None:
-    page.fill(prompt="abc", n=2, max_tokens=100_000, seed=7)
+def test_a_stream_is_stopped(page: Page, served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    streams = served.engines["small"]._streams
+    burst = streams.burst
+
+    def slow(*arguments: Any, **options: Any) -> Any:  # else it may have ended before the button is found
+        time.sleep(0.02)
+        return burst(*arguments, **options)
+
+    monkeypatch.setattr(streams, "burst", slow)
+    page.fill(prompt="abc", n=2, max_tokens=20_000, seed=7)
     page.one("#ask .first").click()
     page.until(lambda: page.answers() and all(page.answers()))
     page.one("#stop").click()
