@@ -33,7 +33,7 @@ def main() -> None:
                 print(target, TARGETS[target](Path(folder)).once(rng_of(arguments.seed, target, arguments.only)))
         return
     waiting, working, ended = list(arguments.targets), [], []
-    each = arguments.seconds * arguments.jobs / len(waiting)
+    each = arguments.seconds * min(arguments.jobs, len(waiting)) / len(waiting)
     start = time.monotonic()
     while waiting or working:
         while waiting and len(working) < arguments.jobs:
