@@ -231,19 +231,8 @@ def covered() -> Covering:
         tree, parts = copied(BUILD / "tree-0"), BUILD / "covering"
         shutil.rmtree(parts, ignore_errors=True)
         parts.mkdir()
-        command = [
-            str(PYTHON),
-            "-m",
-            "pytest",
-            "-q",
-            "-rfE",
-            "-n",
-            "2",
-            "--dist",
-            "worksteal",
-            "-p",
-            "no:cacheprovider",
-        ]
+        command = [str(PYTHON), "-m", "pytest", "-q", "-rfE", "-n", "2", "--dist", "worksteal"]
+        command += ["-p", "no:cacheprovider"]
         command += ["-p", "tests.mutants.covering", "--timeout", "900"]
         environs = environment(tree) | {"CHARGPT_COVERING": str(parts)}
         done = subprocess.run(command, cwd=tree, env=environs, stdout=subprocess.PIPE, text=True, check=False)
