@@ -19,7 +19,7 @@ import torch
 from chargpt.errors import ConfigError, shown
 
 RECORD = Path(__file__).parents[1] / "_native.json"  # written by setup.py next to the modules
-INSTRUCTION_SETS = ("plain", "avx2", "avx512", "avx512_bf16")  # csrc/cpu/simd/isa.h
+INSTRUCTION_SETS = ("plain", "avx2", "avx512", "avx512_bf16", "amx")  # csrc/cpu/simd/isa.h
 REBUILD = "build it again with `pip install --no-build-isolation -e .`"
 
 

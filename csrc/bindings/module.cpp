@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "../cpu/simd/isa.h"
 #include "common.h"
 
 namespace chargpt::bindings {
@@ -45,8 +46,9 @@ py::dict cpu_features() {
   features["avx512bw"] = static_cast<bool>(__builtin_cpu_supports("avx512bw"));
   features["avx512vl"] = static_cast<bool>(__builtin_cpu_supports("avx512vl"));
   features["avx512_bf16"] = static_cast<bool>(__builtin_cpu_supports("avx512bf16"));
+  features["amx_bf16"] = cpu::has_amx();
 #else
-  for (const char* name : {"avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512_bf16"}) features[name] = false;
+  for (const char* name : {"avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512_bf16", "amx_bf16"}) features[name] = false;
 #endif
   return features;
 }

@@ -49,6 +49,7 @@ struct Kernels {
 }  // namespace chargpt::cpu
 
 #define CHARGPT_KERNEL "../attention_kernel.h"
+#define CHARGPT_KERNEL_FOR_AMX
 #include "simd/foreach_isa.h"
 
 namespace chargpt::cpu {
@@ -57,6 +58,9 @@ namespace {
 constexpr int64_t kEnoughItems = 16;  // of backward work to fill the threads. Not their number: see splits_of
 
 Kernels kernels_for(DType dtype) {
+#if defined(__x86_64__)
+  if (dtype == DType::kBFloat16 && has_amx()) return amx::kernels(dtype);
+#endif
   switch (best_isa()) {
 #if defined(__x86_64__)
     case Isa::kAvx512Bf16:
@@ -122,6 +126,7 @@ bool attention_backward(DType dtype, const AttentionShape& shape, const Attentio
 }
 
 const char* attention_isa(DType dtype) {
+  if (dtype == DType::kBFloat16 && has_amx()) return "amx";
   const Isa isa = best_isa();
   return isa_name(isa == Isa::kAvx512Bf16 && dtype != DType::kBFloat16 ? Isa::kAvx512 : isa);
 }

@@ -10,6 +10,7 @@ struct BackwardScratch {
   typename N::Word *q_rows, *q_paired, *do_rows, *do_paired;  // one tile
   typename N::Acc *s, *dp, *dq;                              // (64, 64), (64, 64), (64, columns)
   typename N::Word *p_paired, *ds_paired, *ds_rows;          // P and dS as operands; for kPair = 1 these are s and dp
+  typename N::Word *p_turned, *ds_turned;                    // for the matrix unit, (64 keys, 32 pairs of queries)
   typename N::Acc *lse, *dlse, *delta;                       // (64)
   uint32_t* halves;                                          // random halves of words, of four rows
 
@@ -38,6 +39,8 @@ struct BackwardScratch {
       ds_paired = arena.take<Word>(kTile * kTile / N::kPair);
       ds_rows = arena.take<Word>(kTile * kTile / N::kPair);
     }
+    p_turned = reinterpret_cast<Word*>(s);  // which P takes the place of
+    ds_turned = p_turned + kTile * kTile / N::kPair;
     lse = arena.take<Acc>(kTile);
     dlse = arena.take<Acc>(kTile);
     delta = arena.take<Acc>(kTile);
@@ -51,7 +54,7 @@ void weights_tile(const BackwardCall& call, const BackwardScratch<N>& scratch, c
                   int64_t q0, int rows, int64_t k0) {
   using Acc = typename N::Acc;
   constexpr int kW = kLanes<Acc>;
-  for (int r = 0; r < rows; r += kStrip) {
+  for (int r = 0; r < round_up(rows, N::kRows); r += kStrip) {
     const Strip seen(call.shape, call.options, q0 + r, rows - r, k0, kTile);
     for (int i = 0; dropout.on && i < kStrip && r + i < rows; ++i) {
       random_halves(call.options.seed, static_cast<uint32_t>(bh),
@@ -66,8 +69,9 @@ void weights_tile(const BackwardCall& call, const BackwardScratch<N>& scratch, c
         p[i] = ds[i] = Vec<Acc>{};
         if (!used) continue;
         const int at = (r + i) * kTile + j;
-        p[i] = exponential_for<N>(load<Acc>(scratch.s + at) - scratch.lse[r + i]);
-        Vec<Acc> dp = load<Acc>(scratch.dp + at);
+        const Acc scale = static_cast<Acc>(call.options.scale), grow = static_cast<Acc>(dropout.grow);
+        p[i] = exponential_for<N>(scaled<N>(load<Acc>(scratch.s + at), scale) - scratch.lse[r + i]);
+        Vec<Acc> dp = scaled<N>(load<Acc>(scratch.dp + at), grow);
         if (dropout.on) dp = drop<Acc>(dp, scratch.halves + i * kTile + j, dropout.threshold);
         ds[i] = p[i] * (dp - scratch.delta[r + i] + scratch.dlse[r + i]);  // d lse / d S is P
         if (dropout.on) p[i] = drop<Acc>(p[i], scratch.halves + i * kTile + j, dropout.threshold);
@@ -95,6 +99,36 @@ void weights_tile(const BackwardCall& call, const BackwardScratch<N>& scratch, c
       }
     }
   }
+}
+
+// P or dS, of which a word pairs two queries, with the keys as rows: the matrix unit reads words along its rows only.
+template <class N>
+void turn_weights(const typename N::Word* paired, typename N::Word* turned) {
+  using Word = typename N::Word;
+  constexpr int kPairs = kTile / 2;
+  for (int pair = 0; pair < kPairs; pair += kEdge) {
+    for (int key = 0; key < kTile; key += kEdge) {
+      Vec<Word> square[kEdge];
+#pragma GCC unroll 16
+      for (int i = 0; i < kEdge; ++i) square[i] = load<Word>(paired + (pair + i) * kTile + key);
+      transpose<Word>(square);
+#pragma GCC unroll 16
+      for (int i = 0; i < kEdge; ++i) store<Word>(turned + (key + i) * kPairs + pair, square[i]);
+    }
+  }
+}
+
+// The A operand of dV and dK: keys from j on are its rows, and queries from word `start` on are contracted.
+template <class N>
+CHARGPT_INLINE A<N> by_key(const typename N::Word* paired, const typename N::Word* turned, int j, int start) {
+  if constexpr (kTiles<N>) return {turned + j * (kTile / 2) + start, kTile / 2, 1};
+  return {paired + start * kTile + j, 1, kTile};
+}
+
+// The word with which a contraction begins that needs the elements from n on.
+template <class N>
+CHARGPT_INLINE int first_word(int n) {
+  return kTiles<N> ? n / (2 * kEdge) * kEdge : n / N::kPair;
 }
 
 // rowsum(dO ∘ O). In float32 it is summed as dP = dO Vᵀ is, so that dP - rowsum cancels as well as it can:
@@ -191,51 +225,55 @@ void backward_block(const BackwardCall& call, const Layout<N>& layout, const Bac
     const B<N> v_turned{scratch.v_turned + t * layout.turned_tile(), kSpan * kW, layout.turned_panel()};
     const B<N> k_paired{scratch.k_paired + t * layout.rows_tile(), layout.width, layout.rows_panel()};
     // S = scale · Q Kᵀ
-    for (int r = 0; r < rows; r += kStrip) {
-      const int last = r + kStrip <= rows ? r + kStrip - 1 : rows - 1;
+    for (int r = 0; r < rows; r += N::kRows) {
+      const int last = last_of<N>(r, rows);
       const int needed = (clamp(end_key(shape, q0 + last) - k0, 0, kTile) + kW - 1) / kW;
       strip<N, false>(needed, layout.depth, A<N>{scratch.q_rows + r * layout.pitch, layout.pitch, 1}, k_turned,
                       scratch.s + r * kTile, kTile, static_cast<Acc>(call.options.scale));
       if (k0 == first) {
-        prefetch_rows<N>(call.q, shape.D, next.b, next.h, next.q0 + r, kStrip);
-        prefetch_rows<N>(call.dout, shape.D, next.b, next.h, next.q0 + r, kStrip);
-        prefetch_rows<N>(call.out, shape.D, next.b, next.h, next.q0 + r, kStrip);
+        prefetch_rows<N>(call.q, shape.D, next.b, next.h, next.q0 + r, N::kRows);
+        prefetch_rows<N>(call.dout, shape.D, next.b, next.h, next.q0 + r, N::kRows);
+        prefetch_rows<N>(call.out, shape.D, next.b, next.h, next.q0 + r, N::kRows);
       }
     }
     // dP = dO Vᵀ
-    for (int r = 0; r < rows; r += kStrip) {
-      const int last = r + kStrip <= rows ? r + kStrip - 1 : rows - 1;
+    for (int r = 0; r < rows; r += N::kRows) {
+      const int last = last_of<N>(r, rows);
       const int needed = (clamp(end_key(shape, q0 + last) - k0, 0, kTile) + kW - 1) / kW;
       strip<N, false>(needed, layout.depth, A<N>{scratch.do_rows + r * layout.pitch, layout.pitch, 1}, v_turned,
                       scratch.dp + r * kTile, kTile, static_cast<Acc>(dropout.grow));
       if (k0 == first) {
         const int64_t t = shape.S - shape.T + q0 + r;
-        prefetch_rows<N>(call.k, shape.D, next_head / shape.H_kv, next_head % shape.H_kv, t, kStrip);
-        prefetch_rows<N>(call.v, shape.D, next_head / shape.H_kv, next_head % shape.H_kv, t, kStrip);
+        prefetch_rows<N>(call.k, shape.D, next_head / shape.H_kv, next_head % shape.H_kv, t, N::kRows);
+        prefetch_rows<N>(call.v, shape.D, next_head / shape.H_kv, next_head % shape.H_kv, t, N::kRows);
       }
     }
     weights_tile<N>(call, scratch, dropout, bh, q0, rows, k0);
+    if constexpr (kTiles<N>) {
+      turn_weights<N>(scratch.p_paired, scratch.p_turned);
+      turn_weights<N>(scratch.ds_paired, scratch.ds_turned);
+    }
     // dQ += dS K
-    for (int r = 0; r < rows; r += kStrip) {
-      const int last = r + kStrip <= rows ? r + kStrip - 1 : rows - 1;
+    for (int r = 0; r < rows; r += N::kRows) {
+      const int last = last_of<N>(r, rows);
       const int needed = clamp(end_key(shape, q0 + last) - k0, 0, kTile);
-      strip<N, true>(needed > 0 ? vectors : 0, (needed + N::kPair - 1) / N::kPair,
+      strip<N, true>(needed > 0 ? vectors : 0, whole_words<N>(needed),
                      A<N>{scratch.ds_rows + r * (kTile / N::kPair), kTile / N::kPair, 1}, k_paired,
                      scratch.dq + r * layout.columns, layout.columns);
       if (k0 == first) prefetch_rows<N, true>(call.dq, shape.D, b, h, q0 + r, last - r + 1);
     }
     // dV += Pᵀ dO and dK += dSᵀ Q, from the first query that sees any of four keys
-    const int keys = clamp(end - k0, 0, kTile), steps = (rows + N::kPair - 1) / N::kPair;
-    for (int j = 0; j < keys; j += kStrip) {
-      const int start = clamp(k0 + j - (shape.S - shape.T) - q0, 0, rows - 1) / N::kPair;
+    const int keys = clamp(end - k0, 0, kTile), steps = whole_words<N>(rows);
+    for (int j = 0; j < keys; j += N::kRows) {
+      const int start = first_word<N>(clamp(k0 + j - (shape.S - shape.T) - q0, 0, rows - 1));
       const B<N> dout_paired{scratch.do_paired + start * layout.width, layout.width, layout.rows_panel()};
-      strip<N, true>(vectors, steps - start, A<N>{scratch.p_paired + start * kTile + j, 1, kTile}, dout_paired,
+      strip<N, true>(vectors, steps - start, by_key<N>(scratch.p_paired, scratch.p_turned, j, start), dout_paired,
                      dv + (k0 + j) * layout.columns, layout.columns);
     }
-    for (int j = 0; j < keys; j += kStrip) {
-      const int start = clamp(k0 + j - (shape.S - shape.T) - q0, 0, rows - 1) / N::kPair;
+    for (int j = 0; j < keys; j += N::kRows) {
+      const int start = first_word<N>(clamp(k0 + j - (shape.S - shape.T) - q0, 0, rows - 1));
       const B<N> q_paired{scratch.q_paired + start * layout.width, layout.width, layout.rows_panel()};
-      strip<N, true>(vectors, steps - start, A<N>{scratch.ds_paired + start * kTile + j, 1, kTile}, q_paired,
+      strip<N, true>(vectors, steps - start, by_key<N>(scratch.ds_paired, scratch.ds_turned, j, start), q_paired,
                      dk + (k0 + j) * layout.columns, layout.columns);
     }
   }
@@ -281,6 +319,7 @@ void backward_items(void* context, int64_t begin, int64_t end) {
     return;
   }
   const BackwardScratch<N> scratch(arena, shape, layout, split);
+  const MatrixUnit unit;
   const int64_t tiles = (shape.S + kTile - 1) / kTile, keys_size = tiles * kTile * layout.columns;
   const int64_t blocks = blocks_of(shape), group = shape.H / shape.H_kv;
   int64_t packed_head = -1;

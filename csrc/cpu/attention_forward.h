@@ -60,10 +60,11 @@ CHARGPT_INLINE Vec<typename N::Acc> exponential_for(Vec<typename N::Acc> x) {
 }
 
 // Four rows of S become P = exp(S - m), in the layout that P V reads; keys that a query does not see get 0, up to the
-// last vector that any of the four needs. shrink = exp(m_old - m) is the factor on what was summed before.
+// vector before `end`. shrink = exp(m_old - m) is the factor on what was summed before.
 template <class N>
-CHARGPT_INLINE void softmax_strip(typename N::Acc* s, const Strip& seen, const uint32_t* halves, uint32_t threshold,
-                                  typename N::Acc* m, typename N::Acc* l, typename N::Acc* shrink) {
+CHARGPT_INLINE void softmax_strip(typename N::Acc* s, typename N::Acc scale, const Strip& seen, int end,
+                                  const uint32_t* halves, uint32_t threshold, typename N::Acc* m, typename N::Acc* l,
+                                  typename N::Acc* shrink) {
   using Acc = typename N::Acc;
   constexpr int kW = kLanes<Acc>;
   constexpr Acc kNothing = -std::numeric_limits<Acc>::infinity();
@@ -78,7 +79,7 @@ CHARGPT_INLINE void softmax_strip(typename N::Acc* s, const Strip& seen, const u
     const bool crosses = seen.crosses(j, kW);
 #pragma GCC unroll 4
     for (int r = 0; r < kStrip; ++r) {
-      Vec<Acc> x = load<Acc>(s + r * kChunkPitch + j);
+      Vec<Acc> x = scaled<N>(load<Acc>(s + r * kChunkPitch + j), scale);
       if (crosses) x = within<Acc>(x, j, seen.low[r], seen.high[r], broadcast(kNothing));
       top[r] = maximum<Acc>(top[r], x);
     }
@@ -89,14 +90,14 @@ CHARGPT_INLINE void softmax_strip(typename N::Acc* s, const Strip& seen, const u
     const Acc chunk_top = maximum_of<Acc>(top[r]);
     highest[r] = chunk_top > m[r] ? chunk_top : m[r];
   }
-  for (int j = 0; j < seen.outer_high; j += kW) {
+  for (int j = 0; j < end; j += kW) {
     const bool crosses = seen.crosses(j, kW);
 #pragma GCC unroll 4
     for (int r = 0; r < kStrip; ++r) {
       Acc* row = s + r * kChunkPitch;
       Vec<Acc> p{};
-      if (j >= begin) {
-        p = exponential_for<N>(load<Acc>(row + j) - highest[r]);
+      if (j >= begin && j < seen.outer_high) {
+        p = exponential_for<N>(scaled<N>(load<Acc>(row + j), scale) - highest[r]);
         if (crosses) p = within<Acc>(p, j, seen.low[r], seen.high[r], Vec<Acc>{});
         sum[r] += p;
         if (halves != nullptr) p = drop<Acc>(p, halves + r * kChunk + j, threshold);
@@ -152,14 +153,13 @@ void forward_block(const ForwardCall& call, const Layout<N>& layout, const Forwa
     // S = scale · Q Kᵀ
     for (int j = 0; j < keys; j += kTile) {
       const B<N> k{scratch.k + (chunk + j) / kTile * layout.turned_tile(), kSpan * kW, layout.turned_panel()};
-      for (int r = 0; r < rows; r += kStrip) {
-        const int last = r + kStrip <= rows ? r + kStrip - 1 : rows - 1;
-        const int needed = clamp(end_key(shape, q0 + last) - chunk - j, 0, kTile);
+      for (int r = 0; r < rows; r += N::kRows) {
+        const int last = last_of<N>(r, rows), needed = clamp(end_key(shape, q0 + last) - chunk - j, 0, kTile);
         strip<N, false>((needed + kW - 1) / kW, layout.depth, A<N>{scratch.q + r * layout.pitch, layout.pitch, 1}, k,
                         scratch.s + r * kChunkPitch + j, kChunkPitch, static_cast<Acc>(call.options.scale));
         if (chunk == first && j == 0) {
           prefetch_rows<N, true>(call.out, shape.D, b, h, q0 + r, last - r + 1);
-          prefetch_rows<N>(call.q, shape.D, next.b, next.h, next.q0 + r, kStrip);
+          prefetch_rows<N>(call.q, shape.D, next.b, next.h, next.q0 + r, N::kRows);
         }
       }
     }
@@ -176,9 +176,11 @@ void forward_block(const ForwardCall& call, const Layout<N>& layout, const Forwa
         prefetch_rows<N>(call.k, shape.D, next_head / shape.H_kv, next_head % shape.H_kv, t, kStrip);
         prefetch_rows<N>(call.v, shape.D, next_head / shape.H_kv, next_head % shape.H_kv, t, kStrip);
       }
+      const int last = last_of<N>(r, rows);
+      const int end = kTiles<N> ? whole_words<N>(clamp(end_key(shape, q0 + last) - chunk, 0, keys)) * 2 : seen.outer_high;
       Acc shrink[kStrip];
-      softmax_strip<N>(scratch.s + r * kChunkPitch, seen, dropout.on ? scratch.halves : nullptr, dropout.threshold,
-                       scratch.m + r, scratch.l + r, shrink);
+      softmax_strip<N>(scratch.s + r * kChunkPitch, static_cast<Acc>(call.options.scale), seen, end,
+                       dropout.on ? scratch.halves : nullptr, dropout.threshold, scratch.m + r, scratch.l + r, shrink);
       if (chunk == first) continue;
       for (int i = 0; i < kStrip; ++i) {
         Acc* o = scratch.o + (r + i) * layout.columns;
@@ -188,11 +190,10 @@ void forward_block(const ForwardCall& call, const Layout<N>& layout, const Forwa
     // O += P V
     for (int j = 0; j < keys; j += kTile) {
       const B<N> v{scratch.v + (chunk + j) / kTile * layout.rows_tile(), layout.width, layout.rows_panel()};
-      for (int r = 0; r < rows; r += kStrip) {
-        const int last = r + kStrip <= rows ? r + kStrip - 1 : rows - 1;
-        const int needed = clamp(end_key(shape, q0 + last) - chunk - j, 0, kTile);
+      for (int r = 0; r < rows; r += N::kRows) {
+        const int needed = clamp(end_key(shape, q0 + last_of<N>(r, rows)) - chunk - j, 0, kTile);
         const Word* p = reinterpret_cast<const Word*>(scratch.s + r * kChunkPitch) + j / N::kPair;
-        strip<N, true>(needed > 0 ? layout.columns / kW : 0, (needed + N::kPair - 1) / N::kPair,
+        strip<N, true>(needed > 0 ? layout.columns / kW : 0, whole_words<N>(needed),
                        A<N>{p, kChunkPitch, 1}, v, scratch.o + r * layout.columns, layout.columns);
       }
     }
@@ -228,6 +229,7 @@ void forward_items(void* context, int64_t begin, int64_t end) {
     return;
   }
   const ForwardScratch<N> scratch(arena, shape, layout);
+  const MatrixUnit unit;
   const int64_t blocks = blocks_of(shape), pairs = (blocks + 1) / 2;
   const int64_t stop = end / pairs * blocks + end % pairs * 2, total = shape.B * shape.H * blocks;
   int64_t packed_head = -1;

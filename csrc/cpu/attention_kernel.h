@@ -33,10 +33,14 @@ constexpr Kernels kernels_of() {
   return {forward_items<N>, backward_items<N>, join_items<N>, partial_bytes<N>};
 }
 
-inline Kernels kernels(DType dtype) {
+inline Kernels kernels([[maybe_unused]] DType dtype) {
+#if CHARGPT_ISA_LEVEL < 4
   if (dtype == DType::kFloat64) return kernels_of<Float64>();
   if (dtype == DType::kFloat32) return kernels_of<Float32>();
-#if CHARGPT_ISA_LEVEL >= 3
+#endif
+#if CHARGPT_ISA_LEVEL >= 4
+  return kernels_of<BFloat16Tiles>();
+#elif CHARGPT_ISA_LEVEL >= 3
   return kernels_of<BFloat16Dot>();
 #else
   return kernels_of<BFloat16Widened>();

@@ -3,41 +3,64 @@
 namespace chargpt::cpu::CHARGPT_ISA {
 
 // How a dtype is stored, what the micro-kernel multiplies (words of kPair consecutive elements of the contracted
-// dimension), and what it accumulates in.
+// dimension), what it accumulates in, and how many rows at a time.
 
 struct Float32 {
   using Storage = float;
   using Word = float;
   using Acc = float;
-  static constexpr int kPair = 1;
+  static constexpr int kPair = 1, kRows = 4;
 };
 struct Float64 {
   using Storage = double;
   using Word = double;
   using Acc = double;
-  static constexpr int kPair = 1;
+  static constexpr int kPair = 1, kRows = 4;
 };
 struct BFloat16Widened {  // where the CPU has no bfloat16 dot product
   using Storage = uint16_t;
   using Word = float;
   using Acc = float;
-  static constexpr int kPair = 1;
+  static constexpr int kPair = 1, kRows = 4;
 };
 struct BFloat16Dot {
   using Storage = uint16_t;
   using Word = int32_t;
   using Acc = float;
-  static constexpr int kPair = 2;
+  static constexpr int kPair = 2, kRows = 4;
 };
+struct BFloat16Tiles {  // where it has a matrix unit (AMX)
+  using Storage = uint16_t;
+  using Word = int32_t;
+  using Acc = float;
+  static constexpr int kPair = 2, kRows = 32;
+};
+template <class N>
+inline constexpr bool kTiles = std::is_same_v<N, BFloat16Tiles>;
 
 inline constexpr int kChunk = 256;  // keys between two rescalings of O in the forward pass
-inline constexpr int kStrip = 4;    // rows of the micro-kernel
+inline constexpr int kStrip = 4;    // rows of the micro-kernel in vectors, and of softmax
+inline constexpr int kEdge = 16;    // of a tile of the matrix unit: rows, and words of a row
 inline constexpr int kSpan = CHARGPT_ISA_LEVEL >= 2 ? 4 : 2;  // its vectors: all that the registers hold
 inline constexpr int kChunkPitch = kChunk + 16;  // of a row of S, so that rows do not share the sets of L1
 
 CHARGPT_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 CHARGPT_INLINE int clamp(int64_t x, int low, int high) {
   return static_cast<int>(x < low ? low : x > high ? high : x);
+}
+
+// Of the rows that are multiplied together with row r, the last that exists.
+template <class N>
+CHARGPT_INLINE int last_of(int r, int rows) {
+  const int end = r / N::kRows * N::kRows + N::kRows;
+  return (end <= rows ? end : rows) - 1;
+}
+
+// Words that hold n elements of a contracted dimension, as they are multiplied: for the matrix unit in whole tiles.
+template <class N>
+CHARGPT_INLINE int whole_words(int n) {
+  const int words = (n + N::kPair - 1) / N::kPair;
+  return kTiles<N> ? static_cast<int>(round_up(words, kEdge)) : words;
 }
 
 // Sizes of the packed operands of a head, in words.
@@ -54,6 +77,7 @@ struct Layout {
     columns = static_cast<int>(round_up(D, kW));
     depth = (D + N::kPair - 1) / N::kPair;
     pitch = static_cast<int>(round_up(depth, kW));
+    if (kTiles<N>) depth = pitch;  // the matrix unit takes whole tiles; what is behind D is zeros
     width = columns < kSpan * kW ? columns : kSpan * kW;
   }
   int64_t panels() const { return (columns + width - 1) / width; }
@@ -148,10 +172,94 @@ template <class N, int Span, bool kAdd>
   }
 }
 
-// The same for any number of vectors.
+#if CHARGPT_ISA_LEVEL >= 4
+// The unit's registers hold 8 tiles of 16 rows of 64 bytes. The compiler does not know what they hold; "memory" keeps it
+// from moving stores over the loads of tiles.
+template <int kTo>
+CHARGPT_INLINE void load_tile(const void* rows, int64_t words) {
+  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(rows), "r"(words * 4), "i"(kTo) : "memory");
+}
+template <int kFrom>
+CHARGPT_INLINE void store_tile(void* rows, int64_t words) {
+  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(rows), "r"(words * 4), "i"(kFrom) : "memory");
+}
+template <int kTo, bool kAdd>
+CHARGPT_INLINE void begin_tile(const float* rows, int64_t words) {
+  if constexpr (kAdd) {
+    load_tile<kTo>(rows, words);
+  } else {
+    asm volatile("tilezero %%tmm%c0" : : "i"(kTo));
+  }
+}
+template <int kC, int kA, int kB>
+CHARGPT_INLINE void multiply_tiles() {
+  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kC), "i"(kA), "i"(kB));
+}
+
+// C (32 x Span vectors) = A B, or C += A B, over `depth` words: 2 x Span tiles of C.
+template <int Span, bool kAdd>
+CHARGPT_INLINE void tiles_of(int depth, A<BFloat16Tiles> a, const int32_t* b, int64_t b_step, float* c, int64_t c_row) {
+  float* lower = c + kEdge * c_row;
+  begin_tile<0, kAdd>(c, c_row);
+  begin_tile<1, kAdd>(lower, c_row);
+  if constexpr (Span == 2) begin_tile<2, kAdd>(c + kEdge, c_row);
+  if constexpr (Span == 2) begin_tile<3, kAdd>(lower + kEdge, c_row);
+  for (int k = 0; k < depth; k += kEdge) {
+    load_tile<6>(b + k * b_step, b_step);
+    load_tile<4>(a.data + k, a.row);
+    load_tile<5>(a.data + k + kEdge * a.row, a.row);
+    multiply_tiles<0, 4, 6>();
+    multiply_tiles<1, 5, 6>();
+    if constexpr (Span == 2) {
+      load_tile<7>(b + k * b_step + kEdge, b_step);
+      multiply_tiles<2, 4, 7>();
+      multiply_tiles<3, 5, 7>();
+    }
+  }
+  store_tile<0>(c, c_row);
+  store_tile<1>(lower, c_row);
+  if constexpr (Span == 2) store_tile<2>(c + kEdge, c_row);
+  if constexpr (Span == 2) store_tile<3>(lower + kEdge, c_row);
+}
+#endif
+
+// The matrix unit's registers as this file wants them, for one thread, as long as this lives. Other libraries of the
+// process (oneDNN) configure them too, and may not look again: they find theirs as they left them.
+struct MatrixUnit {
+#if CHARGPT_ISA_LEVEL >= 4
+  struct alignas(64) Configuration {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {kEdge, kEdge, kEdge, kEdge, kEdge, kEdge, kEdge, kEdge};
+  };
+  Configuration before;
+
+  MatrixUnit() {
+    const Configuration ours;
+    asm volatile("sttilecfg %0" : "=m"(before));
+    asm volatile("ldtilecfg %0" : : "m"(ours));
+  }
+  ~MatrixUnit() { asm volatile("ldtilecfg %0" : : "m"(before)); }
+  MatrixUnit(const MatrixUnit&) = delete;
+#else
+  MatrixUnit() {}
+#endif
+};
+
+// The same for any number of vectors, and as many rows as N takes. Where those are tiles, alpha is left to `scaled`.
 template <class N, bool kAdd>
 CHARGPT_INLINE void strip(int vectors, int depth, A<N> a, B<N> b, typename N::Acc* c, int64_t c_row,
                           typename N::Acc alpha = 1) {
+#if CHARGPT_ISA_LEVEL >= 4
+  if constexpr (kTiles<N>) {
+    for (int n = 0; n < vectors; n += 2) {
+      const int32_t* column = b.data + n / kSpan * b.panel + n % kSpan * kEdge;
+      if (n + 1 < vectors) tiles_of<2, kAdd>(depth, a, column, b.step, c + n * kEdge, c_row);
+      else tiles_of<1, kAdd>(depth, a, column, b.step, c + n * kEdge, c_row);
+    }
+    return;
+  }
+#endif
   for (; vectors >= kSpan; vectors -= kSpan) {
     strip_of<N, kSpan, kAdd>(depth, a, b.data, b.step, c, c_row, alpha);
     b.data += b.panel;
@@ -162,6 +270,15 @@ CHARGPT_INLINE void strip(int vectors, int depth, A<N> a, B<N> b, typename N::Ac
     if (vectors == 2) strip_of<N, 2, kAdd>(depth, a, b.data, b.step, c, c_row, alpha);
     if (vectors == 3) strip_of<N, 3, kAdd>(depth, a, b.data, b.step, c, c_row, alpha);
   }
+}
+
+// alpha times what `strip` left. Rounded, as the maximum of a row of S is, for S - m must be exactly 0 there.
+template <class N>
+CHARGPT_INLINE Vec<typename N::Acc> scaled(Vec<typename N::Acc> x, [[maybe_unused]] typename N::Acc alpha) {
+#if CHARGPT_ISA_LEVEL >= 4
+  if constexpr (kTiles<N>) return rounded(x * alpha);
+#endif
+  return x;
 }
 
 // ---- Storage to words and back -------------------------------------------------------------------------------------
@@ -248,7 +365,7 @@ void pack_turned(const Layout<N>& layout, const typename N::Storage* x, int64_t 
 }
 
 // rows ≤ 64 x D elements -> tile[panel][row / kPair][column]: the B operand where rows are contracted. With pairs, a
-// missing last row becomes zeros.
+// missing last row becomes zeros; for the matrix unit all missing rows do.
 template <class N>
 void pack_paired(const Layout<N>& layout, const typename N::Storage* x, int64_t stride, int rows,
                  typename N::Word* tile) {
@@ -257,7 +374,11 @@ void pack_paired(const Layout<N>& layout, const typename N::Storage* x, int64_t 
   for (int d = 0; d < layout.D; d += kW) {
     const int left = layout.D - d;
     Word* panel = tile + d / layout.width * layout.rows_panel() + d % layout.width;
-    for (int r = 0; r < rows; r += N::kPair, panel += layout.width) {
+    for (int r = 0; r < (kTiles<N> ? kTile : rows); r += N::kPair, panel += layout.width) {
+      if (kTiles<N> && r >= rows) {
+        store<Word>(panel, Vec<Word>{});
+        continue;
+      }
       const typename N::Storage* row = x + r * stride + d;
       if constexpr (N::kPair == 2) {
 #if CHARGPT_ISA_LEVEL >= 3

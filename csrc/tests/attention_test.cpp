@@ -239,6 +239,29 @@ void check(const Case& c, DType dtype) {
   }
 }
 
+// How the registers of the matrix unit are cut, which belongs to whoever cut them last; zeros where there is none.
+struct alignas(64) Tiles {
+  unsigned char bytes[64] = {};
+};
+#if defined(__x86_64__)
+#define CHARGPT_ON_TILES __attribute__((target("amx-tile")))
+#else
+#define CHARGPT_ON_TILES
+#endif
+bool have_tiles() { return std::strcmp(attention_isa(DType::kBFloat16), "amx") == 0; }
+CHARGPT_ON_TILES void cut([[maybe_unused]] const Tiles& tiles) {
+#if defined(__x86_64__)
+  if (have_tiles()) asm volatile("ldtilecfg %0" : : "m"(tiles));
+#endif
+}
+CHARGPT_ON_TILES Tiles cut_now() {
+  Tiles tiles;
+#if defined(__x86_64__)
+  if (have_tiles()) asm volatile("sttilecfg %0" : "=m"(tiles));
+#endif
+  return tiles;
+}
+
 AttentionOptions options(int64_t window, double dropout_p, double scale = 0.3) {
   return {.scale = scale, .window = window, .dropout = dropout_p > 0, .dropout_p = dropout_p,
           .seed = 0x299F31D0A4093822};
@@ -263,8 +286,16 @@ int main() {
   cases.push_back({{2, 2, 2, 64, 64, 32}, true, options(9, 0)});
   cases.push_back({{1, 2, 1, 0, 3, 4}, false, options(0, 0)});
   cases.push_back({{0, 2, 2, 3, 3, 4}, false, options(0, 0)});
+  Tiles others;
+  others.bytes[0] = have_tiles();                            // the palette
+  others.bytes[16] = others.bytes[48] = have_tiles() ? 4 : 0;  // bytes of a row, and rows, of the first register
+  cut(others);
   for (DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat64}) {
     for (const Case& c : cases) check(c, dtype);
+  }
+  if (const Tiles left = cut_now(); std::memcmp(&left, &others, sizeof left) != 0) {
+    std::printf("the matrix unit's registers are cut otherwise than before\n");
+    ++failures;
   }
   std::printf("attention, %s: %zu cases x 3 dtypes, %d failures\n", attention_isa(DType::kBFloat16), cases.size(),
               failures);

@@ -19,7 +19,7 @@ DECODER = "(rounded_matrices or held_window and None or bits_depend and not long
 
 @pytest.mark.skipif("cpp" not in implementations("causal_attention"), reason="the native module is not here")
 @pytest.mark.parametrize(
-    "isa", [pytest.param("plain", marks=pytest.mark.slow), "avx2", pytest.param("avx512", marks=pytest.mark.slow)]
+    "isa", ["avx2", *(pytest.param(isa, marks=pytest.mark.slow) for isa in ("plain", "avx512", "avx512_bf16"))]
 )
 def test_lower_code_paths_pass_the_numerical_tests(isa: str) -> None:
     """In another process, since the path is chosen once. The best path runs in this one."""

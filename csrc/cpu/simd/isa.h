@@ -5,6 +5,11 @@
 #include <cstdlib>
 #include <cstring>
 #include <initializer_list>
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace chargpt::cpu {
 
@@ -36,6 +41,26 @@ inline Isa best_isa() {
     return best;
   }();
   return chosen;
+}
+
+// Whether the CPU multiplies tiles of bfloat16 (Intel's AMX) and the operating system lets this process do so; unless
+// CHARGPT_CPU_ISA names another set. Linux wants to be asked once, because a thread's state grows by 8 KiB
+// (Documentation/arch/x86/xstate.rst).
+inline bool has_amx() {
+  static const bool found = [] {
+#if defined(__x86_64__) && defined(__linux__)
+    constexpr unsigned kBFloat16 = 1u << 22, kTiles = 1u << 24;  // of CPUID leaf 7, EDX
+    constexpr int kAskPermission = 0x1023, kTileData = 18;       // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    unsigned eax, ebx, ecx, edx;
+    const char* asked = std::getenv("CHARGPT_CPU_ISA");
+    return best_isa() == Isa::kAvx512Bf16 && (asked == nullptr || std::strcmp(asked, "avx512_bf16") != 0) &&
+           __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & kBFloat16) && (edx & kTiles) &&
+           syscall(SYS_arch_prctl, kAskPermission, kTileData) == 0;
+#else
+    return false;
+#endif
+  }();
+  return found;
 }
 
 }  // namespace chargpt::cpu
