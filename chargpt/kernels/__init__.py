@@ -9,7 +9,8 @@ registry.py   which backend a call gets, and why
 
 from chargpt.kernels import backends
 from chargpt.kernels.ops.attention import causal_attention
-from chargpt.kernels.ops.cross_entropy import linear_cross_entropy, softmax_cross_entropy
+from chargpt.kernels.ops.cross_entropy import softmax_cross_entropy
+from chargpt.kernels.ops.linear_cross_entropy import linear_cross_entropy
 from chargpt.kernels.ops.qkv_heads import qkv_heads
 from chargpt.kernels.ops.relu_squared import relu_squared
 from chargpt.kernels.ops.rms_norm import add_rms_norm

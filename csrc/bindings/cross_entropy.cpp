@@ -259,6 +259,27 @@ Tensor softmax_cross_entropy_backward(const Tensor& loss_gradient, const Tensor&
                   cross_entropy_arguments(ignore_index, label_smoothing, z_loss, softcap, reduction));
 }
 
+// The losses (N) of the logits (N, V), contiguous, whose memory the gradient of the losses' sum takes.
+Tensor softmax_cross_entropy_gradient_(const Tensor& logits, const Tensor& targets, int64_t ignore_index,
+                                       double label_smoothing, double z_loss, std::optional<double> softcap) {
+  const py::gil_scoped_release nogil;
+  TORCH_CHECK(logits.dim() == 2 && logits.is_contiguous(), "the logits must be contiguous rows");
+  const auto arguments = cross_entropy_arguments(ignore_index, label_smoothing, z_loss, softcap, "none");
+  const Tensor labels = as_targets(targets);
+  count_valid(logits, labels, ignore_index);
+  const Tensor normalisers = at::empty({2, logits.size(0)}, row_options(logits));
+  const Tensor losses = at::empty({logits.size(0)}, row_options(logits));
+  for_type(logits.scalar_type(), [&](auto element) {
+    using T = decltype(element);
+    auto problem = problem_of<T>(logits, labels, arguments.options, normalisers, logits);
+    problem.stream = false;  // it is read at once
+    for_rows(logits, [&](int64_t begin, int64_t end) {
+      cpu::cross_entropy_forward(problem, cpu::ComputeType<T>{1}, losses.data_ptr<cpu::ComputeType<T>>(), begin, end);
+    });
+  });
+  return losses;
+}
+
 }  // namespace
 
 void define_cross_entropy(py::module_& m) {
@@ -266,6 +287,7 @@ void define_cross_entropy(py::module_& m) {
   m.def("softmax_cross_entropy", &softmax_cross_entropy, "The loss, connected to autograd. For plain tensors.");
   m.def("softmax_cross_entropy_forward", &softmax_cross_entropy_forward, "Loss and normalisers (2, N).");
   m.def("softmax_cross_entropy_backward", &softmax_cross_entropy_backward, "The gradient of the logits.");
+  m.def("softmax_cross_entropy_gradient_", &softmax_cross_entropy_gradient_, "Losses; the gradient takes the logits' place.");
 }
 
 }  // namespace chargpt::bindings

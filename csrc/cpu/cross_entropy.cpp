@@ -193,8 +193,8 @@ void write_gradient(const RowFunctions<T>& row, const CrossEntropy<T>& problem, 
   }
   const Real lse = maximum + std::log(sum);
   const auto terms = gradient_terms(sum, lse, scale, V, problem.options);
+  const Real value = row.capped(widened(x[target]), softcap);  // before the gradient may take the logits' place
   row.gradient(x, out, V, maximum, terms, softcap, problem.stream, i + 1 < end ? x + problem.row_stride : nullptr);
-  const Real value = row.capped(widened(x[target]), softcap);
   const Real g = target_gradient(std::exp(value - maximum), sum, lse, scale, V, problem.options);
   out[target] = narrowed<T>(g * softcap_factor(value, softcap));
 }

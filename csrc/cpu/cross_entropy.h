@@ -35,7 +35,7 @@ struct CrossEntropy {
   CrossEntropyOptions options;
   Real* maxima;  // (N): m = the largest logit of the row after softcap; unset for ignored rows
   Real* sums;    // (N): the sum of exp(x - m), so that lse = m + log(sum); unset for ignored rows
-  T* gradient;   // (N, V) contiguous; in the forward nullptr means that none is wanted. Must not overlap the logits
+  T* gradient;   // (N, V) contiguous; nullptr: none is wanted. May be the contiguous logits; must not overlap them else
   bool stream;   // write the gradient around the caches: it is larger than they are, and nobody reads it soon
 };
 

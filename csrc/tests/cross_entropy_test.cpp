@@ -116,6 +116,16 @@ void check(int64_t N, int64_t V, int64_t gap, bool stream, double spread, const 
     ++failures;
     std::printf("pieces differ at V=%ld\n", static_cast<long>(V));
   }
+  if (gap == 0) {  // the gradient in the place of the logits
+    std::vector<T> placed = logits;
+    problem.logits = problem.gradient = placed.data();
+    cross_entropy_forward<T>(problem, scale, losses_again.data(), 0, N);
+    if (N * V > 0 && std::memcmp(placed.data(), gradient.data(), sizeof(T) * placed.size()) != 0) {
+      ++failures;
+      std::printf("the gradient in place differs at V=%ld\n", static_cast<long>(V));
+    }
+    problem.logits = logits.data();
+  }
   problem.gradient = nullptr;
   cross_entropy_forward<T>(problem, scale, losses_again.data(), 0, N);
   if (N > 0 && std::memcmp(losses.data(), losses_again.data(), sizeof(Real) * N) != 0) {

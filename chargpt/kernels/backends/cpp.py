@@ -15,6 +15,7 @@ from chargpt.kernels import native
 from chargpt.kernels.ops import OPERATIONS
 from chargpt.kernels.ops.attention import MAX_HEAD_SIZE
 from chargpt.kernels.ops.common import OperatorLibrary, has_usual_type
+from chargpt.kernels.ops.cross_entropy import NAMES, losses_and_gradient
 
 
 def _module() -> Any:
@@ -77,6 +78,23 @@ def softmax_cross_entropy(
     )
 
 
+def softmax_cross_entropy_gradient_(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """As `losses_and_gradient`; the gradient takes the place of the logits, which are contiguous."""
+    if _natively(logits, targets):
+        options = (ignore_index, label_smoothing, z_loss, softcap)
+        return _module().softmax_cross_entropy_gradient_(logits, targets, *options), logits
+    named: Any = dict(zip(NAMES, (ignore_index, label_smoothing, z_loss, softcap), strict=False))
+    return losses_and_gradient(softmax_cross_entropy, logits, targets, **named)
+
+
 def add_rms_norm(x: Tensor, y: Tensor | None, *, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """As the reference, for float32, bfloat16 and float64 on the CPU.
 
@@ -130,6 +148,7 @@ def _same_or_half(dtype: torch.dtype, *others: torch.dtype) -> bool:
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "causal_attention": causal_attention,
     "softmax_cross_entropy": softmax_cross_entropy,
+    "softmax_cross_entropy_gradient_": softmax_cross_entropy_gradient_,
     "add_rms_norm": add_rms_norm,
     "qkv_heads": qkv_heads,
     "relu_squared": relu_squared,

@@ -1,6 +1,7 @@
 """Softmax cross-entropy: the public functions, the reference, and the operators that a backend's kernels become."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -44,7 +45,8 @@ def softmax_cross_entropy(
     kernels make its row's loss and gradient NaN, and the reference's device asserts. ValueError for tensors that do
     not fit together, ConfigError when `impl` cannot run.
     """
-    _check(logits, targets, label_smoothing, z_loss, softcap, reduction)
+    _check(logits, targets)
+    check_options(targets, label_smoothing, z_loss, softcap, reduction)
     chosen = registry.function("softmax_cross_entropy", logits.device.type, logits.dtype, impl)
     try:
         return chosen(  # type: ignore[no-any-return]
@@ -58,36 +60,21 @@ def softmax_cross_entropy(
         )
     except (IndexError, RuntimeError):
         if targets.device.type == "cpu":
-            _check_targets(targets, logits.shape[-1], ignore_index)
+            check_targets(targets, logits.shape[-1], ignore_index)
         raise
 
 
-def linear_cross_entropy(
-    h: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None = None,
-    *,
-    softcap: float | None = None,
-    reduction: str = "mean",
-    impl: str = "auto",
-) -> Tensor:
-    """The loss of a model's head: `softmax_cross_entropy` of the logits `h @ weight.T + bias`.
-
-    h: (..., C), floating: hidden states
-    weight: (V, C), floating; bias: (V,) or None
-    targets, softcap, reduction, impl: as in `softmax_cross_entropy`
-    returns: float32, or float64 for float64 logits
-
-    Whoever needs the loss alone calls this, so that one day no implementation need ever make the (..., V) logits.
-    Raises as `softmax_cross_entropy` does.
-    """
-    return softmax_cross_entropy(F.linear(h, weight, bias), targets, softcap=softcap, reduction=reduction, impl=impl)
+def losses_and_gradient(
+    lose: Callable[..., Tensor], logits: Tensor, targets: Tensor, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """The losses (N,) of the logits (N, V), and the gradient (N, V) of their sum. lose: as `softmax_cross_entropy`."""
+    with torch.enable_grad():
+        leaf = logits.detach().requires_grad_()
+        losses = lose(leaf, targets, **options, reduction="none")
+        return losses.detach(), torch.autograd.grad(losses, leaf, torch.ones_like(losses))[0]
 
 
-def _check(
-    logits: Tensor, targets: Tensor, label_smoothing: float, z_loss: float, softcap: float | None, reduction: str
-) -> None:
+def _check(logits: Tensor, targets: Tensor) -> None:
     if logits.dim() == 0 or logits.shape[:-1] != targets.shape or logits.shape[-1] == 0:
         raise ValueError(
             f"logits must be (..., V) with V at least 1 and targets (...), "
@@ -95,10 +82,16 @@ def _check(
         )
     if not logits.dtype.is_floating_point:
         raise ValueError(f"logits must have a floating dtype, got {logits.dtype}")
-    if targets.dtype not in _INTEGERS:
-        raise ValueError(f"targets must have an integer dtype, got {targets.dtype}")
     if logits.device != targets.device:
         raise ValueError(f"logits and targets must be on one device, got {logits.device} and {targets.device}")
+
+
+def check_options(
+    targets: Tensor, label_smoothing: float, z_loss: float, softcap: float | None, reduction: str
+) -> None:
+    """Raise ValueError for what no kernel is asked for."""
+    if targets.dtype not in _INTEGERS:
+        raise ValueError(f"targets must have an integer dtype, got {targets.dtype}")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
     if not 0 <= z_loss < math.inf:  # so written that NaN fails too
@@ -109,8 +102,8 @@ def _check(
         raise ValueError(f"reduction must be none, mean or sum, got {reduction!r}")
 
 
-def _check_targets(targets: Tensor, V: int, ignore_index: int) -> None:
-    """Name the first target out of range. Called only after an implementation has failed, so it costs nothing."""
+def check_targets(targets: Tensor, V: int, ignore_index: int) -> None:
+    """Raise IndexError that names the first target out of range."""
     bad = ((targets < 0) | (targets >= V)) & (targets != ignore_index)
     if bad.any():
         position = tuple(bad.nonzero()[0].tolist())
