@@ -1,11 +1,17 @@
 """The rooms of the house and the arrows between them: nothing points up, and no room knows too much."""
 
 import ast
+import dataclasses
+import importlib
+import inspect
+import pkgutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import chargpt
 
 PACKAGE = Path(__file__).parents[1] / "chargpt"
 # From the bottom to the top: a room may import those before it.
@@ -96,3 +102,19 @@ def test_imports_are_cheap(module: str, absent: tuple[str, ...]) -> None:
     program = f"import sys, {module}; print([name for name in {absent!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], cwd=PACKAGE.parent, capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+# What changes while it is held, and says so by not being frozen.
+CHANGING = {"Asked", "Job", "State"}
+
+
+def test_a_dataclass_is_frozen_unless_it_is_known_to_change() -> None:
+    found = {}
+    for module in pkgutil.walk_packages(chargpt.__path__, "chargpt."):
+        if module.name.startswith("chargpt._native"):
+            continue
+        for one in vars(importlib.import_module(module.name)).values():
+            if inspect.isclass(one) and dataclasses.is_dataclass(one) and one.__module__ == module.name:
+                found[one.__qualname__] = one.__dataclass_params__.frozen  # type: ignore[attr-defined]
+    assert len(found) > 60
+    assert {name for name, frozen in found.items() if not frozen} == CHANGING

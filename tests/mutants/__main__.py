@@ -2,10 +2,10 @@
 
 Cosmic Ray knows the places of the Python code and the changes; those of the C++ code are in tests/mutants/native.py. A
 seed chooses places at random, and at each of them one change, which is made in a copy of the project under build/.
-The tests that run the changed line are run there, or for a line that runs at the import those that run any line of the
-file; which those are is found once, by Coverage.py. Those beside the changed file come first, then the shortest. Where
-it knows of none (what runs in a process of its own), the tests beside the file run, then those of whole runs and
-commands. What no test notices is printed as a diff.
+The tests that run the changed line are run there, or for a line that runs at the import those beside the file and those
+that run any line of it; which those are is found once, by Coverage.py. Those beside the changed file come first, then the
+shortest. Where it knows of none (what runs in a process of its own), the tests beside the file run, then those of whole
+runs and commands. What Ruff or mypy refuses in `make lint` is noticed too. What nothing notices is printed as a diff.
 
 What was tried is kept in tests/mutants/results.jsonl, so that another run with the same seed resumes behind it; a file
 that changed since is tried again, and so is what no test noticed, if the tests changed. Changes that change nothing
@@ -40,7 +40,7 @@ EQUIVALENT = Path(__file__).with_name("equivalent.txt")
 PYTHON = ROOT / ".venv" / "bin" / "python"
 SLOWER = 4  # times as long as unchanged code may tests take before they count as hung
 LEAST = 60.0  # seconds that they always get
-ENOUGH, MOST = 90.0, 200  # seconds of tests for one change, and tests, so that it does not cost the whole suite
+ENOUGH, MOST = 90.0, 600  # seconds of tests for one change, and tests, so that it does not cost the whole suite
 
 # The tests that stand beside a room's code; by default the folder or file of its name.
 NEAR = {
@@ -56,6 +56,7 @@ NEAR = {
     "triton": ["tests/kernels/triton", "tests/kernels/test_triton_operators.py"],
     "errors": ["tests/test_command.py"],
 }
+WHOLE = ("tests/test_defaults.py", "tests/test_rooms.py")  # look at what all modules made when they were imported
 FAR = ["tests/training/test_trainer.py", "tests/test_cli.py", "tests/test_user_errors.py"]
 
 
@@ -85,6 +86,9 @@ def main() -> None:
             waiting.put((mutant, code))
     if not options.report:
         print(f"{len(chosen)} changes, {len(chosen) - waiting.qsize()} of them tried before", flush=True)
+        for linter in ("ruff", "mypy"):
+            if refused(ROOT, ["chargpt", "pipelines"], linter):
+                sys.exit(f"{linter} refuses the code without any change; mend that first")
         covering = covered()
         end = time.monotonic() + 60 * options.minutes
         threads = [
@@ -187,12 +191,13 @@ class Covering:
             return ()
         by_line = self.lines[path]
         found = {test for number in statement(source, line) for test in by_line.get(str(number), [])}
-        if not found:  # it runs when the file is imported
+        near = beside(path)
+        if not found:  # it runs when the file is imported; a test may look at what that made, and run no line
             found = {test for tests in by_line.values() for test in tests}
+            found |= {test for test in self.seconds if test.startswith((*near, *WHOLE))}
         chosen: list[str] = []
         budget = ENOUGH
-        near = beside(path)
-        for test in sorted(found, key=lambda test: (not test.startswith(near), self.seconds[test], test)):
+        for test in sorted(found, key=lambda test: (not test.startswith((*near, *WHOLE)), self.seconds[test], test)):
             if chosen and ((budget := budget - self.seconds[test]) < 0 or len(chosen) == MOST):
                 break
             chosen.append(test)
@@ -281,7 +286,7 @@ def work(number: int, waiting: "queue.SimpleQueue[tuple[Mutant, str]]", covering
                 took[tests] = time.monotonic() - took[tests]
             path.write_text(code, encoding="utf-8")
             try:
-                built = build(tree) if mutant.operator == "native" else True
+                built = build(tree) if mutant.operator == "native" else not refused(tree, [mutant.path], "ruff")
                 outcome, failed = run(tree, tests, max(LEAST, SLOWER * took[tests])) if built else ("killed", None)
             finally:
                 path.write_text(original, encoding="utf-8")
@@ -289,6 +294,10 @@ def work(number: int, waiting: "queue.SimpleQueue[tuple[Mutant, str]]", covering
                     take_native_module(tree)
             if outcome != "survived":
                 break
+        if outcome == "survived" and mutant.operator != "native":
+            path.write_text(code, encoding="utf-8")
+            outcome = "killed" if refused(tree, [mutant.path], "mypy") else "survived"
+            path.write_text(original, encoding="utf-8")
         if failed and failed not in passed:
             if not passing(tree, (failed,)):
                 print(f"{failed} fails without any change; mend that first", flush=True)
@@ -329,6 +338,15 @@ def build(tree: Path) -> bool:
     return subprocess.run(command, cwd=tree, capture_output=True, check=False).returncode == 0
 
 
+def refused(tree: Path, paths: list[str], linter: str) -> bool:
+    """Whether `make lint` would fail for it: Ruff's rules, without those for spaces, or mypy, which takes a minute."""
+    command = {
+        "ruff": [str(PYTHON), "-m", "ruff", "check", "--no-cache", "-q", *paths],
+        "mypy": [str(PYTHON), "-m", "mypy", "--cache-dir", str(BUILD / f"{tree.name}.mypy"), *paths],
+    }[linter]
+    return subprocess.run(command, cwd=tree, capture_output=True, check=False).returncode != 0
+
+
 def suites(path: str, tree: Path) -> Iterator[tuple[str, ...]]:
     """The tests to run, those that most likely fail first."""
     near = beside(path)
@@ -353,6 +371,8 @@ def run(tree: Path, tests: tuple[str, ...], seconds: float) -> tuple[str, str | 
     listed = tree.with_suffix(".txt")  # thousands are too many for a command line
     listed.write_text("\n".join(tests), encoding="utf-8")
     command = [str(PYTHON), "-m", "pytest", "-x", "-q", "-rfE", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    if tests == beside("/triton/"):  # most of Triton's are slow
+        command += ["-m", ""]
     try:
         done = subprocess.run(
             [*command, f"@{listed}"],
