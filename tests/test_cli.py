@@ -1,5 +1,6 @@
 """`chargpt` at the command line: train, sample, eval and info on one's own text, and signals from a terminal."""
 
+import dataclasses
 import io
 import json
 import math
@@ -21,9 +22,11 @@ import yaml
 
 import runs
 from chargpt import __version__, cli, experiment
-from chargpt.config import TokenizerConfig
+from chargpt.cli import train
+from chargpt.config import TokenizerConfig, TrainConfig
 from chargpt.config.presets import PRESETS
 from chargpt.data import split_tokens, write_splits
+from chargpt.kernels import available_backends
 from chargpt.planner import machine
 from chargpt.tokenizers import build_tokenizer
 from chargpt.training import Speed
@@ -438,6 +441,36 @@ def test_runs_on_different_splits_are_scored_together_on_named_data_only(
         assert f"{runs_in_order[1]} was trained on another text, another split" in err
     [data] = Path("runs/data").iterdir()
     assert chargpt("eval", trained / "runs/my", "runs/my", "--data", data)[0] == 0
+
+
+@pytest.mark.parametrize("fingerprint", ["", "g"])  # below and above every fingerprint
+def test_another_split_is_named_whichever_way_it_compares(
+    fingerprint: str, chargpt: Chargpt, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copy(trained / "my.txt", tmp_path / "my.txt")
+    real = train._like
+    monkeypatch.setattr(
+        train, "_like", lambda like, key, other: fingerprint if key == "data" else real(like, key, other)
+    )
+    _, _, err = chargpt("train", "my.txt", "--like", trained / "runs/my")
+    assert "was trained on another text, or another split of it" in err
+
+
+def test_the_speed_is_told_to_a_terminal_with_who_wrote(
+    chargpt: Chargpt, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["sample", trained / "runs/my", "--max-new-tokens", "30", "--stream", "--engine"]
+    assert chargpt(*arguments, "torch")[2] == ""
+    monkeypatch.setattr(type(sys.stderr), "isatty", lambda stream: True)
+    err = chargpt(*arguments, "torch")[2]
+    assert re.search(r"^30 tokens in \d+\.\d s, [\d,]+ a second, by torch \(.+\)$", err, re.MULTILINE)
+    if "cpp" in available_backends():
+        assert "a second, by C++ in fp32 (" in chargpt(*arguments, "fp32")[2]
+
+
+def test_a_config_is_written_in_the_order_of_its_knobs(trained: Path) -> None:
+    written = yaml.safe_load((trained / "runs/my/config.yaml").read_text())
+    assert [*written] == [field.name for field in dataclasses.fields(TrainConfig)]
 
 
 def test_a_student_is_trained_and_says_from_whom_it_learns(chargpt: Chargpt, trained: Path, tmp_path: Path) -> None:

@@ -255,6 +255,11 @@ def test_a_model_that_does_not_fit_its_weights_is_an_error(
         load_model(saved)
 
 
+def test_a_seal_does_not_hang_on_the_order_of_the_keys() -> None:
+    one, other = {"a": 1, "b": {"c": 2, "d": 3}}, {"b": {"d": 3, "c": 2}, "a": 1}
+    assert json.loads(checkpoint_format._seal(one)) == json.loads(checkpoint_format._seal(other))
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "state.safetensors"])
 def test_tensors_too_few_or_too_many_are_an_error(name: str, trained: Path, tmp_path: Path) -> None:
     for number, change in enumerate(("drop", "add", "reshape")):

@@ -115,6 +115,17 @@ def test_much_of_a_stream_at_a_time_is_the_same(served: Served, monkeypatch: pyt
 # ------------------------------------------------------------------------------------------------------ who went away
 
 
+def test_more_than_may_wait_is_told_to_come_again() -> None:
+    running = Running({"m": ModelEngine(made(TOKENIZER.vocab_size, 1), TOKENIZER, slots=1, most_waiting=2)})
+    try:
+        asked = {"model": "m", "max_tokens": 1, "prompt": "a"}
+        found = httpx2.post(f"{running.served.url}/v1/completions", json=asked | {"n": 16})
+        assert (found.status_code, found.json()["error"]["code"]) == (429, "busy")
+        assert httpx2.post(f"{running.served.url}/v1/completions", json=asked).status_code == 200
+    finally:
+        running.stop()
+
+
 def test_who_waited_and_went_away_takes_nobodys_place() -> None:
     engine = ModelEngine(made(TOKENIZER.vocab_size, 1), TOKENIZER, slots=1, most_waiting=4)
     begun, done = threading.Event(), threading.Event()

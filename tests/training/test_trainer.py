@@ -33,6 +33,7 @@ from chargpt.models import Model, build_model
 from chargpt.runtime import resolve_runtime
 from chargpt.tracking import Timing, read_timing
 from chargpt.training import Ended, Evaluated, Event, Point, Saved, Saving, Started, Stepped, Trainer, trainer
+from chargpt.training.memory import require_memory, required_memory
 from chargpt.training.optim import build_optimizers
 from chargpt.training.state import state_tensors
 
@@ -401,6 +402,16 @@ def test_other_errors_of_torch_stay_errors_of_ours(tmp_path: Path, monkeypatch: 
 def test_what_cannot_fit_is_refused_before_any_weight_is_made(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"training would take about .* MiB of memory"):
         runs.train(tmp_path / "run", override(runs.TRANSFORMER, ["model.n_embd=4000000"]))
+
+
+def test_memory_that_just_suffices_suffices() -> None:
+    needed = required_memory(runs.TRANSFORMER, 65)
+    require_memory(runs.TRANSFORMER, 65, needed)
+    require_memory(runs.TRANSFORMER, 65, None)
+    free = needed - 1
+    told = f"about {needed / 2**20:,.0f} MiB of memory, and {free / 2**20:,.0f} MiB are free; lower batch_size"
+    with pytest.raises(TrainingError, match=re.escape(told)):
+        require_memory(runs.TRANSFORMER, 65, free)
 
 
 def test_measuring_the_speed_leaves_no_trace(tmp_path: Path) -> None:
