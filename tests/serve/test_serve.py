@@ -461,7 +461,7 @@ def test_a_key_is_asked_for() -> None:
         for key in ("none", "s", "sesame"):
             with pytest.raises(openai.AuthenticationError, match="missing or wrong"):
                 served.client(api_key=key).models.list()
-        for scheme in ("Basic", "Token", "ApiKey", "zebra", ""):
+        for scheme in ("Basic", "Token", "ApiKey", "zebra"):
             other = {"Authorization": f"{scheme} sésame".encode()}
             assert httpx2.get(f"{served.url}/v1/models", headers=other).status_code == 401, scheme
         right = {"Authorization": "Bearer sésame".encode()}
