@@ -24,8 +24,10 @@ from setuptools.command.build_ext import build_ext
 
 BINDINGS_CUDA = "csrc/bindings/cuda.cpp"
 SOURCES = sorted({*glob.glob("csrc/bindings/*.cpp"), *glob.glob("csrc/cpu/*.cpp")} - {BINDINGS_CUDA})
-COMPILE_ARGS = ["-O3", "-g0", "-fvisibility=hidden", "-fopenmp"]  # OpenMP as torch uses: at::parallel_for is inline
-LINK_ARGS = ["-fopenmp"]
+# As torch uses it: at::parallel_for is inline. Apple's compiler has none; there each kernel runs on one thread.
+OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]
+COMPILE_ARGS = ["-O3", "-g0", "-fvisibility=hidden", *OPENMP]
+LINK_ARGS = OPENMP
 
 CUDA_SOURCES = [BINDINGS_CUDA, *sorted(glob.glob("csrc/cuda/*.cu"))]
 CUDA_COMPILE_ARGS = {

@@ -14,6 +14,7 @@ from chargpt.config import Engine, SampleConfig
 from chargpt.errors import ConfigError, TokenizerError
 from chargpt.generation.native import NativeDecoder, Precision, why_not
 from chargpt.generation.sampler import Drawn, stream_tokens
+from chargpt.kernels import native
 from chargpt.models import LanguageModel
 from chargpt.tokenizers import Tokenizer
 
@@ -145,6 +146,7 @@ def choose_engine(model: LanguageModel, engine: Engine = "auto") -> Chosen:
     """
     problem = None if engine == "torch" else why_not(model)
     if engine == "auto":
+        problem = problem or native.unmeasured()
         return Chosen("torch", problem) if problem else Chosen("int8", "the fastest, within 0.0003 nats a character")
     if problem is not None:
         raise ConfigError(f"engine {engine} cannot generate here: {problem}; leave it at auto")

@@ -20,6 +20,7 @@ from chargpt.errors import ConfigError, shown
 
 RECORD = Path(__file__).parents[1] / "_native.json"  # written by setup.py next to the modules
 INSTRUCTION_SETS = ("plain", "avx2", "avx512", "avx512_bf16", "amx")  # csrc/cpu/simd/isa.h
+MEASURED = ("x86_64", "amd64")  # kinds of CPU on which the kernels are known to be faster than torch
 REBUILD = "build it again with `pip install --no-build-isolation -e .`"
 
 
@@ -47,6 +48,14 @@ def load() -> Native:
 def load_cuda() -> Native:
     """Likewise `chargpt._native_cuda`. It loads without a GPU; its kernels need one."""
     return _load("chargpt._native_cuda", check_cuda_record(RECORD))
+
+
+def unmeasured() -> str | None:
+    """Why "auto" leaves the C++ kernels alone on this kind of CPU, though they run; None where they were measured."""
+    kind = platform.machine()
+    if kind.lower() in MEASURED:
+        return None
+    return f"on {kind} the C++ kernels pass their tests, but nobody has measured whether they are faster"
 
 
 def check_record(record: Path) -> str | None:

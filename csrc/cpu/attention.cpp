@@ -49,7 +49,7 @@ struct Kernels {
 }  // namespace chargpt::cpu
 
 #define CHARGPT_KERNEL "../attention_kernel.h"
-#define CHARGPT_KERNEL_FOR_AMX
+#define CHARGPT_BFLOAT16_ALONE
 #include "simd/foreach_isa.h"
 
 namespace chargpt::cpu {
@@ -60,6 +60,8 @@ constexpr int64_t kEnoughItems = 16;  // of backward work to fill the threads. N
 Kernels kernels_for(DType dtype) {
 #if defined(__x86_64__)
   if (dtype == DType::kBFloat16 && has_amx()) return amx::kernels(dtype);
+#elif defined(CHARGPT_COMPILES_NEON_BF16)
+  if (dtype == DType::kBFloat16 && has_neon_bf16()) return neon_bf16::kernels(dtype);
 #endif
   switch (best_isa()) {
 #if defined(__x86_64__)
@@ -127,6 +129,7 @@ bool attention_backward(DType dtype, const AttentionShape& shape, const Attentio
 
 const char* attention_isa(DType dtype) {
   if (dtype == DType::kBFloat16 && has_amx()) return "amx";
+  if (dtype == DType::kBFloat16 && has_neon_bf16()) return "neon_bf16";
   const Isa isa = best_isa();
   return isa_name(isa == Isa::kAvx512Bf16 && dtype != DType::kBFloat16 ? Isa::kAvx512 : isa);
 }

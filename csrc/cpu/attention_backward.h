@@ -86,15 +86,12 @@ void weights_tile(const BackwardCall& call, const BackwardScratch<N>& scratch, c
           store<Acc>(scratch.s + (r + i) * kTile + j, p[i]);
           store<Acc>(scratch.dp + (r + i) * kTile + j, ds[i]);
         } else {
-#if CHARGPT_ISA_LEVEL >= 3
-          const __m512i p_halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)p[i + 1], (__m512)p[i]);
-          const __m512i ds_halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)ds[i + 1], (__m512)ds[i]);
-          store<int32_t>(scratch.p_paired + (r + i) / 2 * kTile + j, pair_up(p_halves));
-          store<int32_t>(scratch.ds_paired + (r + i) / 2 * kTile + j, pair_up(ds_halves));
+          const HalfVec ds_low = narrow(ds[i]), ds_high = narrow(ds[i + 1]);
+          store<int32_t>(scratch.p_paired + (r + i) / 2 * kTile + j, pair_up(narrow(p[i]), narrow(p[i + 1])));
+          store<int32_t>(scratch.ds_paired + (r + i) / 2 * kTile + j, pair_up(ds_low, ds_high));
           int32_t* row = scratch.ds_rows + (r + i) * (kTile / 2) + j / 2;
-          _mm256_storeu_si256((__m256i*)row, _mm512_castsi512_si256(ds_halves));
-          _mm256_storeu_si256((__m256i*)(row + kTile / 2), _mm512_extracti64x4_epi64(ds_halves, 1));
-#endif
+          store_half(reinterpret_cast<uint16_t*>(row), ds_low, kW);
+          store_half(reinterpret_cast<uint16_t*>(row + kTile / 2), ds_high, kW);
         }
       }
     }

@@ -56,7 +56,7 @@ CHARGPT_INLINE Vec<typename N::Acc> exponential_for(Vec<typename N::Acc> x) {
 #if CHARGPT_ISA_LEVEL >= 3
   if constexpr (N::kPair == 2) return coarse_exponential(x);
 #endif
-  if constexpr (N::kPair == 1) return exponential(x);
+  return exponential(x);
 }
 
 // Four rows of S become P = exp(S - m), in the layout that P V reads; keys that a query does not see get 0, up to the

@@ -34,13 +34,13 @@ constexpr Kernels kernels_of() {
 }
 
 inline Kernels kernels([[maybe_unused]] DType dtype) {
-#if CHARGPT_ISA_LEVEL < 4
+#if CHARGPT_ISA_LEVEL < 4 && !(CHARGPT_ISA_LEVEL == 0 && defined(CHARGPT_BFLOAT16_DOT))
   if (dtype == DType::kFloat64) return kernels_of<Float64>();
   if (dtype == DType::kFloat32) return kernels_of<Float32>();
 #endif
 #if CHARGPT_ISA_LEVEL >= 4
   return kernels_of<BFloat16Tiles>();
-#elif CHARGPT_ISA_LEVEL >= 3
+#elif defined(CHARGPT_BFLOAT16_DOT)
   return kernels_of<BFloat16Dot>();
 #else
   return kernels_of<BFloat16Widened>();

@@ -41,7 +41,11 @@ inline constexpr bool kTiles = std::is_same_v<N, BFloat16Tiles>;
 inline constexpr int kChunk = 256;  // keys between two rescalings of O in the forward pass
 inline constexpr int kStrip = 4;    // rows of the micro-kernel in vectors, and of softmax
 inline constexpr int kEdge = 16;    // of a tile of the matrix unit: rows, and words of a row
-inline constexpr int kSpan = CHARGPT_ISA_LEVEL >= 2 ? 4 : 2;  // its vectors: all that the registers hold
+#if CHARGPT_ISA_LEVEL >= 2 || defined(__aarch64__)
+inline constexpr int kSpan = 4;  // its vectors: all that the registers hold, 32 or 16
+#else
+inline constexpr int kSpan = 2;
+#endif
 inline constexpr int kChunkPitch = kChunk + 16;  // of a row of S, so that rows do not share the sets of L1
 
 CHARGPT_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
@@ -94,6 +98,8 @@ CHARGPT_INLINE Vec<typename N::Acc> multiply_add(Vec<typename N::Word> a, Vec<ty
                                                  Vec<typename N::Acc> c) {
 #if CHARGPT_ISA_LEVEL >= 3
   if constexpr (N::kPair == 2) return (Vec<float>)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
+#elif defined(CHARGPT_BFLOAT16_DOT)
+  if constexpr (N::kPair == 2) return (Vec<float>)vbfdotq_f32((float32x4_t)c, (bfloat16x8_t)a, (bfloat16x8_t)b);
 #endif
   if constexpr (N::kPair == 1) return a * b + c;
 }
@@ -119,7 +125,7 @@ CHARGPT_INLINE int run_of(int depth) {
 // Without fused multiply-adds every product is rounded too, and no run of float32 is short enough to be as right as
 // PyTorch: S, dP and delta are summed in float64 there.
 template <class N>
-inline constexpr bool kSumsInDouble = CHARGPT_ISA_LEVEL == 0 && std::is_same_v<typename N::Acc, float>;
+inline constexpr bool kSumsInDouble = !kFuses && std::is_same_v<typename N::Acc, float>;
 
 // C (4 x Span vectors) = alpha · A B, or C += A B, over `depth` words.
 template <class N, int Span, bool kAdd>
@@ -288,10 +294,15 @@ template <class N>
 CHARGPT_INLINE Vec<typename N::Word> load_words(const typename N::Storage* p, int left) {
   using Word = typename N::Word;
   if constexpr (N::kPair == 2) {
+    constexpr int kHalves = 2 * kLanes<Word>;
+    if (left >= kHalves) return load<Word>(p);
 #if CHARGPT_ISA_LEVEL >= 3
-    if (left < 2 * kLanes<Word>) return (Vec<Word>)_mm512_maskz_loadu_epi16((1u << left) - 1, p);
+    return (Vec<Word>)_mm512_maskz_loadu_epi16((1u << left) - 1, p);
+#else
+    Vec<Word> words{};
+    __builtin_memcpy(&words, p, left * sizeof *p);
+    return words;
 #endif
-    return load<Word>(p);
   } else if constexpr (std::is_same_v<N, BFloat16Widened>) {
     return widen(load_half(p, left));
   } else {
@@ -323,12 +334,15 @@ CHARGPT_INLINE void store_row(typename N::Storage* p, Vec<typename N::Acc> x, in
 }
 
 // Two rows of elements as words that pair them: what the contraction over rows needs.
+CHARGPT_INLINE Vec<int32_t> pair_up(HalfVec x, HalfVec y) {  // x0 x1 … and y0 y1 … -> x0 y0 x1 y1 …
 #if CHARGPT_ISA_LEVEL >= 3
-CHARGPT_INLINE Vec<int32_t> pair_up(__m512i low_and_high) {  // x0 … x15 y0 … y15 -> x0 y0 x1 y1 …
   const __m512i order = (__m512i)(Vec<int32_t>)(iota<float>() * 0x10001 + 0x100000);
-  return (Vec<int32_t>)_mm512_permutexvar_epi16(order, low_and_high);
-}
+  const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512((__m256i)x), (__m256i)y, 1);
+  return (Vec<int32_t>)_mm512_permutexvar_epi16(order, both);
+#else
+  return (Vec<int32_t>)(__builtin_convertvector(x, Vec<uint32_t>) | __builtin_convertvector(y, Vec<uint32_t>) << 16);
 #endif
+}
 
 // rows x D elements -> rows of words, for the A operand of Q Kᵀ and dO Vᵀ.
 template <class N>
@@ -381,11 +395,7 @@ void pack_paired(const Layout<N>& layout, const typename N::Storage* x, int64_t 
       }
       const typename N::Storage* row = x + r * stride + d;
       if constexpr (N::kPair == 2) {
-#if CHARGPT_ISA_LEVEL >= 3
-        const __m256i low = (__m256i)load_half(row, left);
-        const __m256i high = r + 1 < rows ? (__m256i)load_half(row + stride, left) : _mm256_setzero_si256();
-        store<Word>(panel, pair_up(_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1)));
-#endif
+        store<Word>(panel, pair_up(load_half(row, left), r + 1 < rows ? load_half(row + stride, left) : HalfVec{}));
       } else {
         store<Word>(panel, load_words<N>(row, left));
       }
@@ -468,7 +478,7 @@ CHARGPT_INLINE Vec<Acc> drop(Vec<Acc> x, const uint32_t* halves, uint32_t thresh
 template <class Acc>
 CHARGPT_INLINE Vec<Acc> within(Vec<Acc> x, int position, int low, int high, Vec<Acc> other) {
   const Vec<IntOf<Acc>> lane = iota<Acc>() + static_cast<IntOf<Acc>>(position);
-  return (lane >= low) & (lane < high) ? x : other;
+  return ((lane >= low) & (lane < high)) ? x : other;
 }
 
 }  // namespace chargpt::cpu::CHARGPT_ISA

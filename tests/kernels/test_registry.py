@@ -1,5 +1,6 @@
 """Which implementation a call gets: data in one table, and a sentence for every refusal."""
 
+import platform
 import re
 import subprocess
 import sys
@@ -11,7 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from chargpt.config import TransformerConfig
 from chargpt.errors import ConfigError
+from chargpt.generation import choose_engine
 from chargpt.kernels import (
     available_backends,
     causal_attention,
@@ -26,6 +29,7 @@ from chargpt.kernels.backends import cuda
 from chargpt.kernels.compiling import assume_constant_result
 from chargpt.kernels.ops import OPERATIONS
 from chargpt.kernels.registry import Backend, Choice
+from chargpt.models import build_model
 
 
 def test_the_reference_is_always_available_and_the_rest_say_why_not() -> None:
@@ -162,8 +166,22 @@ def test_what_auto_leaves_alone_is_described_as_such(monkeypatch: pytest.MonkeyP
 
 def test_the_gpus_kernels_and_no_others_must_be_proven(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(proven, "why_not", lambda name: f"{name} is unproven")
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     found = {entry.name: entry.unproven() for entry in registry.BACKENDS}
     assert found == {"cuda": "cuda is unproven", "triton": "triton is unproven", "cpp": None, "torch": None}
+
+
+def test_auto_is_torch_on_a_cpu_on_which_nobody_measured_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: "arm64")
+    registry._choose.cache_clear()
+    try:
+        choice = resolve("softmax_cross_entropy", "cpu", torch.float32)
+        assert choice.name == "torch"
+        assert "on arm64 the C++ kernels pass their tests" in choice.reason
+        model = build_model(TransformerConfig(n_embd=8, n_head=2, n_layer=1), 5, seed=1)
+        assert choose_engine(model).engine == "torch"
+    finally:
+        registry._choose.cache_clear()
 
 
 @pytest.mark.parametrize("operation", [name for name, one in OPERATIONS.items() if one.small])

@@ -41,6 +41,7 @@ registry.BACKENDS = (
         devices=("cpu",),
         dtypes=(torch.float32, torch.bfloat16, torch.float64),
         problem=lambda: native.load().problem,
+        unproven=lambda: native.unmeasured(),
     ),
     Backend(
         "torch",

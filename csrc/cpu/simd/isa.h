@@ -9,6 +9,14 @@
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
+
+#if defined(__aarch64__) && !(defined(__clang__) && __clang_major__ < 16)
+#define CHARGPT_COMPILES_NEON_BF16  // an older clang knows the type only where the whole file may use it
 #endif
 
 namespace chargpt::cpu {
@@ -56,6 +64,25 @@ inline bool has_amx() {
     return best_isa() == Isa::kAvx512Bf16 && (asked == nullptr || std::strcmp(asked, "avx512_bf16") != 0) &&
            __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & kBFloat16) && (edx & kTiles) &&
            syscall(SYS_arch_prctl, kAskPermission, kTileData) == 0;
+#else
+    return false;
+#endif
+  }();
+  return found;
+}
+
+// Whether an arm64 CPU has dot products of bfloat16 (FEAT_BF16); unless CHARGPT_CPU_ISA=plain.
+inline bool has_neon_bf16() {
+  static const bool found = [] {
+    const char* asked = std::getenv("CHARGPT_CPU_ISA");
+    if (asked != nullptr && std::strcmp(asked, "plain") == 0) return false;
+#if defined(CHARGPT_COMPILES_NEON_BF16) && defined(__linux__)
+    constexpr unsigned long kBFloat16 = 1ul << 14;  // HWCAP2_BF16
+    return (getauxval(AT_HWCAP2) & kBFloat16) != 0;
+#elif defined(CHARGPT_COMPILES_NEON_BF16) && defined(__APPLE__)
+    int has = 0;
+    size_t size = sizeof has;
+    return sysctlbyname("hw.optional.arm.FEAT_BF16", &has, &size, nullptr, 0) == 0 && has != 0;
 #else
     return false;
 #endif

@@ -5,6 +5,12 @@ namespace chargpt::cpu::CHARGPT_ISA {
 
 #define CHARGPT_INLINE [[gnu::always_inline]] inline
 
+#if CHARGPT_ISA_LEVEL >= 1 || defined(__aarch64__)
+inline constexpr bool kFuses = true;  // a * b + c is rounded once
+#else
+inline constexpr bool kFuses = false;
+#endif
+
 template <class T>
 struct VecOf {
   typedef T type __attribute__((vector_size(CHARGPT_VECTOR_BYTES)));
@@ -232,11 +238,8 @@ CHARGPT_INLINE Vec<float> exponential(Vec<float> x) {
   const Vec<float> shifted = x * kLog2e + kShift;
   const Vec<float> n = shifted - kShift;
 #endif
-#if CHARGPT_ISA_LEVEL >= 1
-  const Vec<float> f = x * kLog2e - n;  // one rounding: this compiles to a fused multiply-add
-#else
-  const Vec<float> f = (x - n * 0.693359375f + n * 2.12194440e-4f) * kLog2e;  // ln 2 in two parts; the first is exact
-#endif
+  const Vec<float> f = kFuses ? x * kLog2e - n  // one rounding: this compiles to a fused multiply-add
+                              : (x - n * 0.693359375f + n * 2.12194440e-4f) * kLog2e;  // ln 2; its first part is exact
   Vec<float> y = broadcast(kC[6]);
 #pragma GCC unroll 6
   for (int i = 5; i >= 0; --i) y = y * f + kC[i];
