@@ -175,6 +175,17 @@ def test_pictures_are_few_however_fast_the_pieces_come(monkeypatch: pytest.Monke
     assert board.texts == ["a" * 5000]
 
 
+def test_columns_count_their_tokens_and_number_themselves(capsys: pytest.CaptureFixture[str]) -> None:
+    board = Columns(2, numbered=True)
+    assert board.tokens == 0
+    board.show([[piece("a b"), piece("c")], [piece("d")]])
+    assert board.tokens == 3
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines if line.strip()] == [["1", "2"], ["a", "bd", "c"]]
+    board.console.print(Columns(2)._table())
+    assert "1" not in capsys.readouterr().out
+
+
 def test_a_narrow_terminal_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Columns(4).texts == [""] * 4
     with pytest.raises(ConfigError, match="of 90 characters shows at most 4 samples side by side"):

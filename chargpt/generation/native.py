@@ -77,7 +77,7 @@ class NativeDecoder:
         assert isinstance(model, Transformer)
         require_room(model, slots, precision)
         self.block_size, self.vocab_size, self.slots = model.block_size, model.vocab_size, slots
-        self.threads = max(1, torch.get_num_threads() if threads is None else threads)
+        self.threads = threads or torch.get_num_threads()
         with torch.no_grad():
             self._decoder = module.Decoder(_described(model, precision), slots, self.threads)
 

@@ -489,6 +489,30 @@ def test_own_text_is_normalised_with_a_notice(
 
 
 @pytest.mark.parametrize(
+    ("stderr", "said"),
+    [
+        ("", ""),
+        ("first\nlast\n\n", "last"),
+        ("note\nERROR: one \nnpm error two\nERROR: three\nend\n", "one; two"),
+        (
+            "WARNING: connection broken by x\nERROR: no version\nERROR: b\n",
+            "no connection to the package index; no version; b",
+        ),
+    ],
+)
+def test_what_pip_or_npm_complains_about_is_told_shortly(stderr: str, said: str) -> None:
+    assert downloading._complaint(stderr) == said
+
+
+def test_what_a_command_writes_is_its_answer_and_not_shown(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    program = "import sys; print('out'); print('ERROR: wrong', file=sys.stderr); sys.exit(int(sys.argv[1]))"
+    assert downloading._run([sys.executable, "-c", program, "0"], tmp_path) == "out\n"
+    with pytest.raises(SourceError, match=r"^wrong$"):
+        downloading._run([sys.executable, "-c", program, "1"], tmp_path)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
     ("data", "encoding", "complaints"),
     [
         (b"good \xff bad", "utf-8", ["offset 5", "0xff", "corpus.encoding"]),

@@ -404,6 +404,16 @@ def test_what_cannot_fit_is_refused_before_any_weight_is_made(tmp_path: Path) ->
         runs.train(tmp_path / "run", override(runs.TRANSFORMER, ["model.n_embd=4000000"]))
 
 
+def test_a_wider_mlp_needs_more_memory_than_a_narrower_one() -> None:
+    """Beyond its weights: a hidden layer is kept for the backward pass, and SwiGLU keeps three."""
+    needed = []
+    for mlp in ("none", "relu", "gelu", "relu2", "swiglu"):
+        config = override(runs.TRANSFORMER, [f"model.mlp={mlp}", "batch_size=4096"])
+        needed.append(required_memory(config, 65))
+    assert needed[0] < 0.9 * needed[1]
+    assert needed[1] == needed[2] == needed[3] < 0.95 * needed[4]
+
+
 def test_memory_that_just_suffices_suffices() -> None:
     needed = required_memory(runs.TRANSFORMER, 65)
     require_memory(runs.TRANSFORMER, 65, needed)
