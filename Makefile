@@ -94,7 +94,7 @@ $(GPU_ENV)/.ready: benchmarks/gpu/requirements.txt
 	@touch $@
 
 # Each kernel with its test, without torch or Python, on every code path that this CPU has.
-SANITIZED := attention cross_entropy block decode
+SANITIZED := attention cross_entropy block decode product
 sanitize: $(SANITIZED:%=build/sanitize/%) build/sanitize/decode-threads  ## run the C++ under Address-, UndefinedBehavior- and ThreadSanitizer
 	for kernel in $^; do for isa in plain avx2 avx512 avx512_bf16 amx; do \
 		CHARGPT_CPU_ISA=$$isa UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 $$kernel || exit 1; done; done

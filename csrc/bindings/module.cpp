@@ -11,6 +11,7 @@ void define_attention(py::module_& m);
 void define_block(py::module_& m);
 void define_cross_entropy(py::module_& m);
 void define_decode(py::module_& m);
+void define_product(py::module_& m);
 
 namespace {
 
@@ -66,4 +67,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   define_cross_entropy(m);
   define_block(m);
   define_decode(m);
+  define_product(m);
 }

@@ -13,11 +13,6 @@
 namespace chargpt::cpu {
 namespace {
 
-constexpr int kTile = 64;  // queries, and keys, that are worked on together
-
-// Blocks of queries of one head
-int64_t blocks_of(const AttentionShape& shape) { return (shape.T + kTile - 1) / kTile; }
-
 struct ForwardCall {
   AttentionShape shape;
   AttentionOptions options;
@@ -38,8 +33,6 @@ struct BackwardCall {
   std::atomic<bool>* out_of_memory;
 };
 
-using Items = void (*)(void* call, int64_t begin, int64_t end);
-
 struct Kernels {
   Items forward, backward, join;
   int64_t (*partial_bytes)(const AttentionShape& shape);
@@ -54,6 +47,8 @@ struct Kernels {
 
 namespace chargpt::cpu {
 namespace {
+
+using plain::blocks_of, plain::kTile;
 
 constexpr int64_t kEnoughItems = 16;  // of backward work to fill the threads. Not their number: see splits_of
 
@@ -75,15 +70,6 @@ Kernels kernels_for(DType dtype) {
 #endif
     default:
       return plain::kernels(dtype);
-  }
-}
-
-void run(ParallelFor parallel_for, int64_t count, Items items, void* call) {
-  if (count == 0) return;
-  if (parallel_for == nullptr) {
-    items(call, 0, count);
-  } else {
-    parallel_for(count, items, call);
   }
 }
 

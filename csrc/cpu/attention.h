@@ -7,13 +7,9 @@
 #include <cstdint>
 
 #include "../common/attention.h"
+#include "parallel.h"
 
 namespace chargpt::cpu {
-
-// Calls body(context, begin, end) for ranges that cover [0, count) once, at the same time or not, and returns when all
-// are done. Results do not depend on the ranges. The binding gives at::parallel_for with a grain size of 1; nullptr
-// means one call on this thread. `body` does not throw.
-using ParallelFor = void (*)(int64_t count, void (*body)(void* context, int64_t begin, int64_t end), void* context);
 
 // Fills out (B, H, T, D), of any strides, and lse (B, H, T), contiguous: float32, or float64 for kFloat64; natural
 // logarithm. All elements are written; nothing has to be initialised. out must not overlap q, k or v.

@@ -98,23 +98,6 @@ void weights_tile(const BackwardCall& call, const BackwardScratch<N>& scratch, c
   }
 }
 
-// P or dS, of which a word pairs two queries, with the keys as rows: the matrix unit reads words along its rows only.
-template <class N>
-void turn_weights(const typename N::Word* paired, typename N::Word* turned) {
-  using Word = typename N::Word;
-  constexpr int kPairs = kTile / 2;
-  for (int pair = 0; pair < kPairs; pair += kEdge) {
-    for (int key = 0; key < kTile; key += kEdge) {
-      Vec<Word> square[kEdge];
-#pragma GCC unroll 16
-      for (int i = 0; i < kEdge; ++i) square[i] = load<Word>(paired + (pair + i) * kTile + key);
-      transpose<Word>(square);
-#pragma GCC unroll 16
-      for (int i = 0; i < kEdge; ++i) store<Word>(turned + (key + i) * kPairs + pair, square[i]);
-    }
-  }
-}
-
 // The A operand of dV and dK: keys from j on are its rows, and queries from word `start` on are contracted.
 template <class N>
 CHARGPT_INLINE A<N> by_key(const typename N::Word* paired, const typename N::Word* turned, int j, int start) {
@@ -247,8 +230,8 @@ void backward_block(const BackwardCall& call, const Layout<N>& layout, const Bac
     }
     weights_tile<N>(call, scratch, dropout, bh, q0, rows, k0);
     if constexpr (kTiles<N>) {
-      turn_weights<N>(scratch.p_paired, scratch.p_turned);
-      turn_weights<N>(scratch.ds_paired, scratch.ds_turned);
+      turn<N>(scratch.p_paired, scratch.p_turned);
+      turn<N>(scratch.ds_paired, scratch.ds_turned);
     }
     // dQ += dS K
     for (int r = 0; r < rows; r += N::kRows) {

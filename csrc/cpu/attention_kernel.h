@@ -20,6 +20,8 @@
 // needs what simd.h defines
 #include "philox.h"
 // in this order
+#include "micro_kernel.h"
+
 #include "attention_tiles.h"
 
 #include "attention_forward.h"

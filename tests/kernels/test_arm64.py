@@ -15,7 +15,7 @@ COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
     shutil.which(COMPILER) is None or shutil.which(EMULATOR) is None,
     reason="needs Debian's g++-aarch64-linux-gnu and qemu-user",
 )
-@pytest.mark.parametrize("kernel", ["attention", "cross_entropy", "block", "decode"])
+@pytest.mark.parametrize("kernel", ["attention", "cross_entropy", "block", "decode", "product"])
 def test_the_kernels_pass_their_tests_on_arm64(kernel: str, tmp_path: Path) -> None:
     """On a chip with dot products of bfloat16, and on one of the first."""
     sources = [ROOT / f"csrc/tests/{kernel}_test.cpp", ROOT / f"csrc/cpu/{kernel}.cpp"]
@@ -25,4 +25,4 @@ def test_the_kernels_pass_their_tests_on_arm64(kernel: str, tmp_path: Path) -> N
         done = subprocess.run([EMULATOR, "-cpu", chip, tmp_path / kernel], capture_output=True, text=True)
         assert done.returncode == 0, done.stdout
         paths |= {word.rstrip(",:") for word in done.stdout.split()}
-    assert ("neon_bf16" in paths) == (kernel == "attention")
+    assert ("neon_bf16" in paths) == (kernel in ("attention", "product"))

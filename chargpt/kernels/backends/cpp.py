@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from chargpt.kernels import native
-from chargpt.kernels.ops import OPERATIONS
+from chargpt.kernels.ops import OPERATIONS, linear_cross_entropy
 from chargpt.kernels.ops.attention import MAX_HEAD_SIZE
 from chargpt.kernels.ops.common import OperatorLibrary, has_usual_type
 from chargpt.kernels.ops.cross_entropy import NAMES, losses_and_gradient
@@ -95,6 +95,14 @@ def softmax_cross_entropy_gradient_(
     return losses_and_gradient(softmax_cross_entropy, logits, targets, **named)
 
 
+def add_transposed_product_(c: Tensor, a: Tensor, b: Tensor) -> None:
+    """As the operation's own, without a rounding between: for bfloat16 a and b, and a float32 c."""
+    if c.dtype == torch.float32 and a.dtype == b.dtype == torch.bfloat16 and _natively(c, a, b):
+        _module().add_transposed_product_(c, a, b)
+    else:
+        linear_cross_entropy.add_transposed_product_(c, a, b)
+
+
 def add_rms_norm(x: Tensor, y: Tensor | None, *, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """As the reference, for float32, bfloat16 and float64 on the CPU.
 
@@ -149,6 +157,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "causal_attention": causal_attention,
     "softmax_cross_entropy": softmax_cross_entropy,
     "softmax_cross_entropy_gradient_": softmax_cross_entropy_gradient_,
+    "add_transposed_product_": add_transposed_product_,
     "add_rms_norm": add_rms_norm,
     "qkv_heads": qkv_heads,
     "relu_squared": relu_squared,

@@ -144,6 +144,7 @@ class _Work:
         of_logits = functions.get("softmax_cross_entropy_gradient_") or functools.partial(
             losses_and_gradient, functions["softmax_cross_entropy"]
         )
+        add = functions.get("add_transposed_product_", add_transposed_product_)
         buffer = x.new_empty(self.rows, len(w))
         losses = x.new_empty(len(x), dtype=computing_dtype(x))
         dx = torch.empty_like(x) if wanted[0] else None
@@ -162,7 +163,7 @@ class _Work:
             if dx is not None:
                 torch.mm(gradient, w, out=dx[rows])
             if dw is not None:
-                _add_product(dw, gradient, part)
+                add(dw, gradient, part)
             if db is not None:
                 db += gradient.sum(0, dtype=db.dtype)
         found = [dx, dw, db]
@@ -179,14 +180,17 @@ class _Work:
         return x, w, b, targets.reshape(-1)  # (N, C), (V, C), (V,), (N,)
 
 
-def _add_product(to: Tensor, gradient: Tensor, x: Tensor) -> None:
-    """to (V, C) += gradient (n, V) transposed · x (n, C). torch has no product of 16 bits that adds to 32."""
-    if to.dtype == x.dtype:
-        to.addmm_(gradient.t(), x)
+def add_transposed_product_(c: Tensor, a: Tensor, b: Tensor) -> None:
+    """c (M, N) += a (K, M) transposed · b (K, N).
+
+    torch has no product of 16 bits that adds to 32: for a float32 c it is rounded first, SLICE_BYTES at a time.
+    """
+    if c.dtype == b.dtype:
+        c.addmm_(a.t(), b)
         return
-    height = max(1, SLICE_BYTES // (x.shape[1] * x.element_size()))
-    for rows, columns in zip(torch.split(to, height), torch.split(gradient, height, dim=1), strict=True):
-        rows += columns.t() @ x
+    height = max(1, SLICE_BYTES // (b.shape[1] * b.element_size()))
+    for rows, columns in zip(torch.split(c, height), torch.split(a, height, dim=1), strict=True):
+        rows += columns.t() @ b
 
 
 class _InParts(torch.autograd.Function):
