@@ -428,7 +428,7 @@ class Kernels:
         sizes = [rng.choice([0, 1, 2, 3, 4, 5, 8, 16, 17]) for _ in range(rng.choice([2, 3, 3, 3, 4, 4]))]
         if name == "attention":
             sizes = [rng.choice([0, 1, 2]), 2, rng.choice([0, 1, 5, 33]), rng.choice([1, 2, 4, 8, 48])]
-        if name in ("cross_entropy", "mean"):
+        if name in ("cross_entropy", "mean", "head"):
             sizes = [2, 3, rng.choice([5, 6, 64])]
         scale = rng.choice([0.0, 1.0, 1e3, 1e-30])
         x = scale * torch.randn(sizes, generator=torch.Generator().manual_seed(rng.randrange(2**30)))

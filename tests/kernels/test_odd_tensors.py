@@ -20,10 +20,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from chargpt.kernels import (
     add_rms_norm,
     causal_attention,
+    linear_cross_entropy,
     qkv_heads,
     relu_squared,
     softmax_cross_entropy,
 )
+from chargpt.kernels.ops import linear_cross_entropy as heads
 from gpu.checks import poisoned_memory
 
 IMPLS = ["cpp", "auto"]
@@ -46,7 +48,13 @@ OPERATIONS: dict[str, tuple[Tensor, Callable[..., Tensor]]] = {
     "attention": (seeded(1, 2, 5, 4), lambda x, **o: causal_attention(x, x[:, :1], x[:, 1:], **o)),
     "cross_entropy": (seeded(2, 3, 5), lambda x, **o: softmax_cross_entropy(x, TARGETS, reduction="none", **o)),
     "mean": (seeded(2, 3, 5), lambda x, **o: softmax_cross_entropy(x, TARGETS, **o)[None]),
+    "head": (seeded(2, 3, 5), lambda x, **o: linear_cross_entropy(x, x.flatten(0, 1)[1:], TARGETS, **o)[None]),
 }
+
+
+@pytest.fixture(autouse=True)
+def few_logits_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heads, "_rows", lambda *_: 4)
 
 
 class Plain(Tensor):

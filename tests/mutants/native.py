@@ -14,5 +14,7 @@ PATCHES = (
     ("csrc/cpu/attention_backward.h", "- scratch.delta[r + i] + scratch.dlse[r + i]", "- scratch.delta[r + i]"),
     ("csrc/cpu/attention_tiles.h", "(lane >= low) & (lane < high)", "(lane >= low) & (lane <= high)"),
     ("csrc/cpu/attention_tiles.h", "load<uint32_t>(halves) >= threshold", "load<uint32_t>(halves) > threshold"),
+    ("csrc/cpu/product_kernel.h", "load<float>(c + n) + load<float>(from + n)", "load<float>(from + n)"),
+    ("csrc/cpu/micro_kernel.h", "r + 1 < rows ? load_half(row + stride, left) : HalfVec{}", "load_half(row, left)"),
     ("csrc/cpu/cross_entropy_kernel.h", "if (softcap == 0) return x;", "if (softcap <= 1) return x;"),
 )

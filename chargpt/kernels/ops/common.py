@@ -114,6 +114,12 @@ def has_usual_form(x: Tensor) -> bool:
     return forward_ad._current_level < 0 or forward_ad.unpack_dual(x).tangent is None  # type: ignore[no-untyped-call]
 
 
+def is_batched(x: Tensor) -> bool:
+    """Whether x stands for several tensors, as in `torch.vmap` and under `is_grads_batched`."""
+    functorch = torch._C._functorch
+    return functorch.is_batchedtensor(x) or functorch.is_legacy_batchedtensor(x)  # type: ignore[attr-defined, no-any-return]
+
+
 def has_usual_type(x: Tensor) -> bool:
     """Whether no type of its own would look at torch's functions, and want to be the result's."""
     return type(x) is Tensor or type(x).__torch_function__ is DISABLED

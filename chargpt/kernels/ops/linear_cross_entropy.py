@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from chargpt.kernels import registry
-from chargpt.kernels.ops.common import computing_dtype, only_reference, shape_of
+from chargpt.kernels.ops.common import computing_dtype, is_batched, only_reference, shape_of
 from chargpt.kernels.ops.cross_entropy import (
     NAMES,
     check_options,
@@ -210,6 +210,8 @@ class _InParts(torch.autograd.Function):
         h, weight, bias, targets = ctx.saved_tensors
         work, wanted = ctx.work, ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():  # create_graph=True
+            # Views, so that each is asked for alone, though one may have been made of another.
+            h, weight, bias = (None if x is None else x.view_as(x) for x in (h, weight, bias))
             logits = F.linear(h.to(work.dtype), weight.to(work.dtype), None if bias is None else bias.to(work.dtype))
             loss = softmax_cross_entropy(logits, targets, **work.options, reduction=ctx.reduction, impl=work.impl)
             inputs = [x for x, needed in zip((h, weight, bias), wanted, strict=True) if needed]
@@ -221,4 +223,6 @@ class _InParts(torch.autograd.Function):
         factor = upstream
         if ctx.reduction == "mean":
             factor = upstream / (targets != work.options["ignore_index"]).sum().clamp(min=1)
-        return *(None if one is None else one.mul_(factor) for one in gradients), None, None, None
+        # Batched gradients want a result for each of their factors.
+        multiply = torch.mul if is_batched(upstream) else Tensor.mul_
+        return *(None if one is None else multiply(one, factor) for one in gradients), None, None, None
