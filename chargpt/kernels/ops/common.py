@@ -117,7 +117,7 @@ def has_usual_form(x: Tensor) -> bool:
 def is_batched(x: Tensor) -> bool:
     """Whether x stands for several tensors, as in `torch.vmap` and under `is_grads_batched`."""
     functorch = torch._C._functorch
-    return functorch.is_batchedtensor(x) or functorch.is_legacy_batchedtensor(x)  # type: ignore[attr-defined, no-any-return]
+    return functorch.is_batchedtensor(x) or functorch.is_legacy_batchedtensor(x)
 
 
 def has_usual_type(x: Tensor) -> bool:

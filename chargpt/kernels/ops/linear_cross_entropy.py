@@ -211,7 +211,7 @@ class _InParts(torch.autograd.Function):
         work, wanted = ctx.work, ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():  # create_graph=True
             # Views, so that each is asked for alone, though one may have been made of another.
-            h, weight, bias = (None if x is None else x.view_as(x) for x in (h, weight, bias))
+            h, weight, bias = h.view_as(h), weight.view_as(weight), None if bias is None else bias.view_as(bias)
             logits = F.linear(h.to(work.dtype), weight.to(work.dtype), None if bias is None else bias.to(work.dtype))
             loss = softmax_cross_entropy(logits, targets, **work.options, reduction=ctx.reduction, impl=work.impl)
             inputs = [x for x, needed in zip((h, weight, bias), wanted, strict=True) if needed]
