@@ -88,6 +88,15 @@ def test_lower_precision_loses_no_more_than_torch(dtype: torch.dtype, autocast: 
         assert_as_right_as_torch(name, list(column))
 
 
+def test_autocast_leaves_float64_alone() -> None:
+    h, weight, targets, b = head(13, 8, 65)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = linear_cross_entropy(h, weight, targets, b)
+        whole = softmax_cross_entropy(F.linear(h, weight, b), targets)
+    assert got.dtype == whole.dtype == torch.float64
+    torch.testing.assert_close(got, whole)
+
+
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_what_needs_no_gradient_gets_none(impl: str) -> None:
     h, weight, targets, b = head(13, 8, 65)

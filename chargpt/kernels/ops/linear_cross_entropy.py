@@ -3,7 +3,7 @@
 GPT-2's head makes 50,257 logits for each token: at 4,096 tokens 412 MB in bfloat16, and their gradient as much again.
 Here some hundred tokens at a time become logits, a loss, and gradients, in one buffer that they share. A mean or a sum
 knows its gradient but for one factor, so the forward does all of it and the backward multiplies. The idea is that of
-Liger Kernel (Hsu et al. 2024, arXiv 2410.10989, section 3.2).
+Liger Kernel (Hsu et al. 2024, arXiv 2410.10989).
 """
 
 import functools
@@ -59,7 +59,8 @@ def linear_cross_entropy(
     check_options(targets, label_smoothing, z_loss, softcap, reduction)
     options: dict[str, Any] = dict(zip(NAMES, (ignore_index, label_smoothing, z_loss, softcap), strict=False))
     device = h.device.type
-    dtype = _autocast_dtype(device) or h.dtype
+    autocast = _autocast_dtype(device)
+    dtype = h.dtype if autocast is None or h.dtype == torch.float64 else autocast  # which leaves float64 alone
     rows = _rows(device, weight.shape[0], dtype)
     learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (h, weight, bias))
     whole = targets.numel() <= rows or (learns and reduction == "none") or torch.compiler.is_compiling()
