@@ -58,7 +58,12 @@ class Page:
         return self.browser.find_elements(By.CSS_SELECTOR, selector)
 
     def texts(self, selector: str) -> list[str]:
-        return [element.text for element in self.all(selector)]
+        return self._read(selector, "innerText.trim()")
+
+    def _read(self, selector: str, what: str) -> list[str]:
+        """At one moment: elements that were found may be gone when the next command asks them."""
+        script = f"return Array.from(document.querySelectorAll(arguments[0]), (element) => element.{what})"
+        return self.browser.execute_script(script, selector)
 
     def until(self, condition: Callable[[], Any]) -> None:
         begun = time.monotonic()
@@ -86,7 +91,7 @@ class Page:
 
     def answers(self) -> list[str]:
         """Their texts as they are, where `text` would leave out spaces."""
-        return [element.get_property("textContent") for element in self.all("#answers .text")]
+        return self._read("#answers .text", "textContent")
 
     def span(self, answer: int, at: int) -> Any:
         return self.all("#answers article")[answer].find_elements(By.CSS_SELECTOR, "[data-at]")[at]
