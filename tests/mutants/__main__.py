@@ -82,7 +82,7 @@ def main() -> None:
     chosen = [*native(), *sample(options.number, options.seed)]
     done = {mutant for mutant, entry in known().items() if entry["outcome"] != "survived" or entry["tests"] == digest()}
     waiting: queue.SimpleQueue[tuple[Mutant, str]] = queue.SimpleQueue()
-    for mutant, code in chosen:
+    for mutant, code in sorted(chosen, key=lambda one: "/triton/" in one[0].path):  # whose tests take the longest
         if mutant not in done:
             waiting.put((mutant, code))
     if not options.report:
