@@ -35,7 +35,8 @@ namespace chargpt::cpu {
                                       const MutableView& dv, ParallelFor parallel_for);
 
 // Name of the code path that runs for a dtype on this CPU: "amx", "avx512_bf16", "avx512", "avx2", "neon_bf16" or "plain".
-// Chosen at run time, once; the environment variable CHARGPT_CPU_ISA=plain|avx2|avx512|avx512_bf16 asks for a lower one (for tests).
+// Chosen at run time, once; the environment variable CHARGPT_CPU_ISA=plain|avx2|avx512|avx512_bf16 asks for a lower one
+// (for tests).
 const char* attention_isa(DType dtype);
 
 }  // namespace chargpt::cpu

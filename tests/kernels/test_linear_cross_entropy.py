@@ -152,7 +152,7 @@ def test_few_logits_are_made_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 MEMORY = """
 import re, torch
 from chargpt.kernels import linear_cross_entropy
-N, C, V, MIB = 2048, 32, 50257, 2**20
+N, C, V = 2048, 32, 50257
 h, weight, y = torch.randn(N, C).requires_grad_(), torch.randn(V, C).requires_grad_(), torch.randint(V, (N,))
 def step(n):
     with torch.autocast("cpu", torch.bfloat16):

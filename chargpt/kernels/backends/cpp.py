@@ -78,21 +78,12 @@ def softmax_cross_entropy(
     )
 
 
-def softmax_cross_entropy_gradient_(
-    logits: Tensor,
-    targets: Tensor,
-    *,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float | None,
-) -> tuple[Tensor, Tensor]:
+def softmax_cross_entropy_gradient_(logits: Tensor, targets: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
     """As `losses_and_gradient`; the gradient takes the place of the logits, which are contiguous."""
     if _natively(logits, targets):
-        options = (ignore_index, label_smoothing, z_loss, softcap)
-        return _module().softmax_cross_entropy_gradient_(logits, targets, *options), logits
-    named: Any = dict(zip(NAMES, (ignore_index, label_smoothing, z_loss, softcap), strict=False))
-    return losses_and_gradient(softmax_cross_entropy, logits, targets, **named)
+        values = (options[name] for name in NAMES if name != "reduction")
+        return _module().softmax_cross_entropy_gradient_(logits, targets, *values), logits
+    return losses_and_gradient(softmax_cross_entropy, logits, targets, **options)
 
 
 def add_transposed_product_(c: Tensor, a: Tensor, b: Tensor) -> None:
