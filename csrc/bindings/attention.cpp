@@ -1,6 +1,5 @@
 // Causal attention of cpu/attention.h for torch. Part of `chargpt._native`.
 
-#include <ATen/Parallel.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/zeros_like.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -9,6 +8,7 @@
 
 #include "../cpu/attention.h"
 #include "common.h"
+#include "parallel.h"
 
 namespace chargpt::bindings {
 namespace {
@@ -16,10 +16,6 @@ namespace {
 struct AttentionResult {
   Tensor out, lse;  // (B, H, T, D) over (B, T, H, D) memory; (B, H, T)
 };
-
-void parallel_for(int64_t count, void (*body)(void*, int64_t, int64_t), void* context) {
-  at::parallel_for(0, count, 1, [=](int64_t begin, int64_t end) { body(context, begin, end); });
-}
 
 AttentionResult attention_forward(const Tensor& q, const Tensor& k, const Tensor& v,
                                   const AttentionOptions& options) {

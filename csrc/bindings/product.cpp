@@ -1,16 +1,11 @@
 // The product of cpu/product.h for torch. Part of `chargpt._native`.
 
-#include <ATen/Parallel.h>
-
 #include "../cpu/product.h"
 #include "common.h"
+#include "parallel.h"
 
 namespace chargpt::bindings {
 namespace {
-
-void parallel_for(int64_t count, cpu::Items body, void* context) {
-  at::parallel_for(0, count, 1, [=](int64_t begin, int64_t end) { body(context, begin, end); });
-}
 
 void add_transposed_product_(const Tensor& c, const Tensor& a, const Tensor& b) {
   const py::gil_scoped_release nogil;
