@@ -3,11 +3,13 @@
 import logging
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import httpx2
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -184,13 +186,21 @@ def test_a_body_that_does_not_come_is_not_waited_for(served: Served, monkeypatch
         assert connection.recv(4096).startswith(b"HTTP/1.1 408 ")
 
 
-def test_a_server_that_ends_scores_no_more(one: Running) -> None:
-    asked = {"model": "small", "prompt": "abc " * 25_000, "max_tokens": 0, "echo": True, "logprobs": 0}
+def test_a_server_that_ends_scores_no_more(one: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    started = threading.Event()
+
+    def slow(*_: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for _ in range(1000):
+            yield torch.zeros(1, TOKENIZER.vocab_size), torch.zeros(1, dtype=torch.long)
+            started.set()
+            time.sleep(0.01)
+
+    monkeypatch.setattr("chargpt.serve.engine.token_logits", slow)
+    asked = {"model": "small", "prompt": "abc", "max_tokens": 0, "echo": True, "logprobs": 0}
     found: list[httpx2.Response] = []
     asking = threading.Thread(target=lambda: found.append(one.served.post("/v1/completions", asked)))
     asking.start()
-    asking.join(1)
-    assert asking.is_alive()
+    assert started.wait(20)
     one.served.engines["small"].close()
     asking.join(20)
     assert found[0].status_code == 503
