@@ -458,22 +458,36 @@ def test_dropout_acts_in_training_alone_and_comes_from_torchs_generator() -> Non
 @pytest.mark.parametrize("training", [True, False])
 def test_dropout_stands_at_every_site(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """After the embeddings, in attention, and where each branch joins the stream."""
-    dropped, attended = [], []
+    joined, attended = [], []
 
-    def drop(x: torch.Tensor, p: float, on: bool) -> torch.Tensor:
-        dropped.append((tuple(x.shape), p, on))
-        return x
+    def join(x: torch.Tensor | None, y: torch.Tensor, *gains: torch.Tensor, dropout_p: float, **rest: str) -> Any:
+        joined.append((x is None, tuple(y.shape), dropout_p))
+        return y, y
 
     def attend(q: torch.Tensor, *kv: torch.Tensor, dropout_p: float, impl: str) -> torch.Tensor:
         attended.append(dropout_p)
         return q
 
-    monkeypatch.setattr(transformer.F, "dropout", drop)
+    monkeypatch.setattr(transformer, "add_norm", join)
     monkeypatch.setattr(transformer, "causal_attention", attend)
     model = build_model(tiny(dropout=0.3), V, seed=0).train(training)
     model.hidden(batch()[0])
-    assert dropped == [((3, 7, 16), 0.3, training)] * 5
-    assert attended == [0.3 if training else 0.0] * 2
+    p = 0.3 if training else 0.0
+    assert joined == [(i == 0, (3, 7, 16), p) for i in range(5)]
+    assert attended == [p] * 2
+
+
+def test_a_model_with_dropout_computes_the_same_on_every_backend() -> None:
+    """The masks too: they are functions of a seed, which torch's generator draws."""
+    x, y = batch()
+    found = []
+    for backend in ("torch", "auto"):
+        model = build_model(tiny(dropout=0.3), V, seed=0, backend=backend).double()
+        torch.manual_seed(3)
+        loss = model(x, y)
+        loss.backward()
+        found.append([loss, *(parameter.grad for parameter in model.parameters())])
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
 
 
 # ------------------------------------------------------------------------------------------------------ a plain twin

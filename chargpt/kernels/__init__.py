@@ -8,23 +8,23 @@ registry.py   which backend a call gets, and why
 """
 
 from chargpt.kernels import backends
+from chargpt.kernels.ops.activation import activation
+from chargpt.kernels.ops.add_norm import add_norm
 from chargpt.kernels.ops.attention import causal_attention
 from chargpt.kernels.ops.cross_entropy import softmax_cross_entropy
 from chargpt.kernels.ops.linear_cross_entropy import linear_cross_entropy
 from chargpt.kernels.ops.qkv_heads import qkv_heads
-from chargpt.kernels.ops.relu_squared import relu_squared
-from chargpt.kernels.ops.rms_norm import add_rms_norm
 from chargpt.kernels.registry import available_backends, describe_backends, resolve
 
 __all__ = [
-    "add_rms_norm",
+    "activation",
+    "add_norm",
     "available_backends",
     "backends",
     "causal_attention",
     "describe_backends",
     "linear_cross_entropy",
     "qkv_heads",
-    "relu_squared",
     "resolve",
     "softmax_cross_entropy",
 ]

@@ -49,32 +49,49 @@ def dropout_keep_mask(
 
     Raises RuntimeError for a seed on the CPU and a mask on a GPU whose current stream is captured.
     """
+    seed = _readable(seed, torch.device(device))
+    rows = torch.arange(keys - queries, keys, device=device)  # (T)
+    heads = torch.arange(batch_heads, device=device)[:, None, None]  # (BH, 1, 1)
+    return _survivors(seed, p, keys, rows[:, None], heads)
+
+
+def row_keep_mask(seed: Tensor, p: float, rows: int, channels: int, device: torch.device | str = "cpu") -> Tensor:
+    """Which channels of rows survive dropout between layers: bool (rows, channels). The same rule, whose counter is
+    (channel // 8, row mod 2^32, row // 2^32, 0).
+
+    Raises RuntimeError as `dropout_keep_mask` does.
+    """
+    seed = _readable(seed, torch.device(device))
+    numbers = torch.arange(rows, device=device)[:, None]  # (rows, 1)
+    return _survivors(seed, p, channels, numbers & LOW, numbers >> 32)
+
+
+def _readable(seed: Tensor, device: torch.device) -> Tensor:
+    """The seed where computing on `device` may read it."""
     if torch.compiler.is_compiling():
         # inductor would read it on the host for every launch, and nothing would refuse to capture that. A copy is what
         # torch refuses to capture, and inductor leaves out of its own graphs. The host does not wait for it.
-        seed = seed.to(device, non_blocking=True)
-    elif seed.device.type == "cpu" and torch.device(device).type == "cuda":
+        return seed.to(device, non_blocking=True)
+    if seed.device.type == "cpu" and device.type == "cuda":
         refuse_capture()
+    return seed
 
-    def words(start: int, end: int) -> Tensor:
-        return torch.arange(start, end, device=device)
 
-    blocks = (keys + 7) // 8
-    counter = (
-        words(0, blocks),  # (S/8)
-        words(keys - queries, keys)[:, None],  # (T, 1)
-        words(0, batch_heads)[:, None, None],  # (BH, 1, 1)
-        words(0, 1),  # (1)
-    )
-    random = torch.stack(philox_4x32(counter, (seed & LOW, (seed >> 32) & LOW)), dim=-1)  # (BH, T, S/8, 4)
-    halves = torch.stack((random % UNIT, random // UNIT), dim=-1)  # (BH, T, S/8, 4, 2)
-    return (halves >= int(p * UNIT)).reshape(batch_heads, queries, 8 * blocks)[..., :keys]
+def _survivors(seed: Tensor, p: float, columns: int, c1: Tensor, c2: Tensor) -> Tensor:
+    """Bool (…, columns), of the counters (column // 8, c1, c2, 0); c1 and c2 are (…, 1)."""
+    blocks = (columns + 7) // 8
+    c0 = torch.arange(blocks, device=c1.device)
+    random = torch.stack(
+        philox_4x32((c0, c1, c2, torch.zeros_like(c0[:1])), (seed & LOW, (seed >> 32) & LOW)), dim=-1
+    )  # (…, blocks, 4)
+    halves = torch.stack((random % UNIT, random // UNIT), dim=-1)  # (…, blocks, 4, 2)
+    return (halves >= int(p * UNIT)).flatten(-3)[..., :columns]
 
 
 def refuse_capture() -> None:
     """Raise RuntimeError while the current CUDA stream is captured: a graph would keep the seed that the host reads."""
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
-            "attention with dropout cannot be captured in a CUDA graph while its seed lies on the CPU, because every "
-            "replay would drop the same weights; let a generator of the GPU draw it, or capture with dropout_p=0"
+            "dropout cannot be captured in a CUDA graph while its seed lies on the CPU, because every replay would "
+            "drop the same elements; let a generator of the GPU draw it, or capture with dropout_p=0"
         )

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from chargpt.config import TransformerConfig
-from chargpt.kernels import add_rms_norm, causal_attention, linear_cross_entropy, qkv_heads, relu_squared
+from chargpt.kernels import activation, add_norm, causal_attention, linear_cross_entropy, qkv_heads
 from chargpt.models.base import LanguageModel
 from chargpt.models.cache import Cache, LayerCache, TransformerCache
 
@@ -20,28 +20,28 @@ BIGRAM_ROWS = 2**16  # the most that a table of token pairs takes
 
 
 class AddNorm(nn.Module):
-    """Adds a branch to the residual stream and normalises the sum for the next branch: `norm(x + f(x))` reads once.
+    """Adds a branch, after its dropout, to the residual stream and normalises the sum for the next branch:
+    `norm(x + dropout(f(x)))` reads once. Without a residual stream, and at the start, the branch takes its place.
 
-    Without a residual stream the branch takes its place. RMSNorm (Zhang and Sennrich 2019, arXiv 1910.07467) has no
-    gain here: the linear layer behind it can hold one.
+    LayerNorm (Ba et al. 2016, arXiv 1607.06450); RMSNorm (Zhang and Sennrich 2019, arXiv 1910.07467), which has no gain
+    here: the linear layer behind it can hold one.
     """
 
     def __init__(self, config: TransformerConfig, backend: str) -> None:
         super().__init__()
-        self.kind, self.residual, self.backend = config.norm, config.residual, backend
+        self.kind, self.residual, self.dropout, self.backend = config.norm, config.residual, config.dropout, backend
         layernorm = config.norm == "layernorm"
         self.weight = nn.Parameter(torch.ones(config.n_embd)) if layernorm else None
         self.bias = nn.Parameter(torch.zeros(config.n_embd)) if layernorm and config.bias else None
 
     def forward(
-        self, x: torch.Tensor, branch: torch.Tensor | None
+        self, x: torch.Tensor | None, branch: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:  # (B, T, C) each
-        if branch is not None and not self.residual:
-            x, branch = branch, None
-        if self.kind == "rmsnorm":
-            return add_rms_norm(x, branch, impl=self.backend)
-        x = x if branch is None else x + branch
-        return x, F.layer_norm(x, x.shape[-1:], self.weight, self.bias) if self.kind == "layernorm" else x
+        p = self.dropout if self.training else 0.0
+        if p > 0 and not branch.is_cpu:  # no kernel draws this mask on a GPU: torch's own dropout is one pass
+            branch, p = F.dropout(branch, p), 0.0
+        stream = x if self.residual else None
+        return add_norm(stream, branch, self.weight, self.bias, norm=self.kind, dropout_p=p, impl=self.backend)
 
 
 class RotaryPositions(nn.Module):
@@ -109,38 +109,28 @@ class CausalSelfAttention(nn.Module):
             if cache is not None:
                 k, v = cache.extend(start, k, v)  # (B, H_kv, S, D)
             y = causal_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, impl=self.backend)
-        y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side
-        return F.dropout(self.projection(y), self.dropout, self.training)
+        return self.projection(y.transpose(1, 2).reshape(B, T, C))  # type: ignore[no-any-return]  # heads side by side
 
 
 class MLP(nn.Module):
-    """One hidden layer per token. SwiGLU: Shazeer 2020, arXiv 2002.05202, eq. 5; ReLU²: So et al. 2021, 2109.08668."""
+    """One hidden layer per token."""
 
     def __init__(self, config: TransformerConfig, backend: str) -> None:
         super().__init__()
-        self.activation, self.dropout, self.backend = config.mlp, config.dropout, backend
+        self.activation, self.backend = config.mlp, backend
         hidden = round(config.mlp_width * config.n_embd)
         self.expand = nn.Linear(config.n_embd, hidden * (2 if config.mlp == "swiglu" else 1), bias=config.bias)
         self.projection = nn.Linear(hidden, config.n_embd, bias=config.bias) if config.residual else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, T, C)
         h = self.expand(x)  # (B, T, hidden), twice that for SwiGLU
-        if self.activation == "swiglu":
-            gate, h = h.chunk(2, dim=-1)
-            h = F.silu(gate) * h
-        elif self.activation == "gelu":
-            h = F.gelu(h)
-        elif self.activation == "relu2":
-            h = relu_squared(h, impl=self.backend)
-        else:
-            h = F.relu(h)
-        return F.dropout(self.projection(h), self.dropout, self.training)
+        return self.projection(activation(h, self.activation, impl=self.backend))  # type: ignore[no-any-return]
 
 
 class Block(nn.Module):
     """Communication, then computation: attention between tokens, an MLP on each; both read the normalised stream.
 
-    What a branch returns is added to the stream by the next norm, so a block takes and gives both.
+    What a branch returns is dropped out and added to the stream by the next norm, so a block takes and gives both.
     """
 
     def __init__(self, config: TransformerConfig, vocab_size: int, backend: str) -> None:
@@ -152,8 +142,8 @@ class Block(nn.Module):
 
     def forward(
         self,
-        x: torch.Tensor,
-        branch: torch.Tensor | None,
+        x: torch.Tensor | None,
+        branch: torch.Tensor,
         idx: torch.Tensor,
         cache: LayerCache | None = None,
         start: int | torch.Tensor = 0,
@@ -203,11 +193,10 @@ class Transformer(LanguageModel):
             x = x + self.bigram_embedding(self._bigrams(idx, None if cache is None else cache.last))
         if self.position_embedding is not None:
             x = x + rows_from(self.position_embedding.weight, start)[:T]
-        x = F.dropout(x, self.config.dropout, self.training)
-        branch = None
+        stream, branch = None, x
         for i, block in enumerate(self.blocks):
-            x, branch = block(x, branch, idx, None if cache is None else cache.layers[i], start)
-        _, x = self.norm(x, branch)
+            stream, branch = block(stream, branch, idx, None if cache is None else cache.layers[i], start)
+        _, x = self.norm(stream, branch)
         if cache is not None and cache.position is None:
             cache.length, cache.last = length + T, idx[:, -1:]
         return x  # type: ignore[no-any-return]

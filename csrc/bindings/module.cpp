@@ -7,10 +7,12 @@
 
 namespace chargpt::bindings {
 
+void define_activation(py::module_& m);
 void define_attention(py::module_& m);
-void define_block(py::module_& m);
 void define_cross_entropy(py::module_& m);
 void define_decode(py::module_& m);
+void define_heads(py::module_& m);
+void define_norm(py::module_& m);
 void define_product(py::module_& m);
 
 namespace {
@@ -65,7 +67,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("is_plain", &all_plain, "Whether kernels may read these tensors' memory here and now.");
   define_attention(m);
   define_cross_entropy(m);
-  define_block(m);
+  define_norm(m);
+  define_heads(m);
+  define_activation(m);
   define_decode(m);
   define_product(m);
 }

@@ -8,12 +8,12 @@ namespace chargpt::cpu {
 namespace {
 
 struct BlockKernels {
-  void (*add_rms_norm)(const AddRmsNorm&, int64_t, int64_t);
-  void (*add_rms_norm_backward)(const AddRmsNormBackward&, int64_t, int64_t);
+  void (*add_norm)(const AddNorm&, int64_t, int64_t);
+  void (*add_norm_backward)(const AddNormBackward&, int64_t, int64_t);
   void (*qkv_heads)(const QkvHeads&, const QkvHeadsForward&, int64_t, int64_t);
   void (*qkv_heads_backward)(const QkvHeads&, const QkvHeadsBackward&, int64_t, int64_t);
-  void (*relu_squared)(DType, const void*, void*, int64_t, int64_t);
-  void (*relu_squared_backward)(DType, const void*, const void*, void*, int64_t, int64_t);
+  void (*activation)(const ActivationCall&, int64_t, int64_t);
+  void (*activation_backward)(const ActivationCall&, int64_t, int64_t);
 };
 
 }  // namespace
@@ -42,10 +42,10 @@ const BlockKernels& kernels() {
 
 }  // namespace
 
-void add_rms_norm(const AddRmsNorm& call, int64_t begin, int64_t end) { kernels().add_rms_norm(call, begin, end); }
+void add_norm(const AddNorm& call, int64_t begin, int64_t end) { kernels().add_norm(call, begin, end); }
 
-void add_rms_norm_backward(const AddRmsNormBackward& call, int64_t begin, int64_t end) {
-  kernels().add_rms_norm_backward(call, begin, end);
+void add_norm_backward(const AddNormBackward& call, int64_t begin, int64_t end) {
+  kernels().add_norm_backward(call, begin, end);
 }
 
 void qkv_heads(const QkvHeads& heads, const QkvHeadsForward& call, int64_t begin, int64_t end) {
@@ -56,12 +56,10 @@ void qkv_heads_backward(const QkvHeads& heads, const QkvHeadsBackward& call, int
   kernels().qkv_heads_backward(heads, call, begin, end);
 }
 
-void relu_squared(DType type, const void* x, void* y, int64_t begin, int64_t end) {
-  kernels().relu_squared(type, x, y, begin, end);
-}
+void activation(const ActivationCall& call, int64_t begin, int64_t end) { kernels().activation(call, begin, end); }
 
-void relu_squared_backward(DType type, const void* x, const void* dy, void* dx, int64_t begin, int64_t end) {
-  kernels().relu_squared_backward(type, x, dy, dx, begin, end);
+void activation_backward(const ActivationCall& call, int64_t begin, int64_t end) {
+  kernels().activation_backward(call, begin, end);
 }
 
 const char* block_isa() { return isa_name(best_isa()); }

@@ -12,14 +12,14 @@
 #include <new>
 #include <vector>
 
+#include "parts.h"
+
 namespace chargpt::cpu {
 
 // kHalf: products of bfloat16, added up in float32. So are those of attention, whose keys and values have half the bytes.
 // kInt8: as that, but the matrices multiply whole numbers from -127 to 127, exactly, with one scale for each kGroup
 // inputs of a weight's output and one for each kGroup inputs of a token: the largest magnitude there over 127.
 enum class Precision { kFloat, kHalf, kInt8 };
-enum class Norm { kNone, kLayer, kRms };
-enum class Activation { kNone, kRelu, kReluSquared, kGelu, kSwiglu };
 
 inline constexpr int64_t kPanel = 16;  // outputs of a matrix that lie side by side, for vectors of any length up to that
 inline int64_t padded(int64_t n) { return (n + kPanel - 1) / kPanel * kPanel; }

@@ -1,6 +1,7 @@
 // Runs block.cpp without torch, for the sanitizers: every buffer ends where its tensor ends, results are compared with
 // float64 loops, and all ways to split the rows must give the same bits. `make sanitize` runs it on every code path.
 
+#include "../common/philox.h"
 #include "../cpu/block.h"
 
 #include <cmath>
@@ -71,40 +72,117 @@ void expect_same(const std::vector<T>& a, const std::vector<T>& b, const char* w
   if (++failures <= 10) std::printf("%s at %ld: pieces differ\n", what, static_cast<long>(size));
 }
 
+// Whether element i of a row survives: Philox 4x32-7, written out.
+bool survives(const Dropout& dropout, int64_t row, int64_t i) {
+  uint32_t c[4] = {static_cast<uint32_t>(i / 8), static_cast<uint32_t>(row), static_cast<uint32_t>(row >> 32), 0};
+  uint32_t k[2] = {static_cast<uint32_t>(dropout.seed), static_cast<uint32_t>(dropout.seed >> 32)};
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    const uint64_t p0 = uint64_t{c[0]} * kPhiloxFactor0, p1 = uint64_t{c[2]} * kPhiloxFactor1;
+    const uint32_t next[4] = {static_cast<uint32_t>(p1 >> 32) ^ c[1] ^ k[0], static_cast<uint32_t>(p1),
+                              static_cast<uint32_t>(p0 >> 32) ^ c[3] ^ k[1], static_cast<uint32_t>(p0)};
+    std::memcpy(c, next, sizeof c);
+    k[0] += kPhiloxKeyStep0, k[1] += kPhiloxKeyStep1;
+  }
+  const uint32_t word = c[i % 8 / 2];
+  return (i % 2 == 0 ? word & 0xffff : word >> 16) >= dropout.p * kDropoutUnit;
+}
+
+struct NormCase {
+  Norm norm;
+  bool x, y, dropout, weight, bias;
+};
+
 template <class X, class Y, class N>
-void check_norm(int64_t rows, int64_t C, bool branch) {
+void check_norm(int64_t rows, int64_t C, const NormCase& which) {
+  using R = Real<X>;
   const auto x = draw<X>(rows * C), dsum = draw<X>(rows * C);
   const auto y = draw<Y>(rows * C);
   const auto dnormed = draw<N>(rows * C);
+  const auto weight = draw<R>(C), bias = draw<R>(C);
+  const int64_t block = 2, blocks = (rows + 1) / 2;
   std::vector<X> sum(rows * C), dx(rows * C), dx_again(rows * C);
   std::vector<N> normed(rows * C), normed_again(rows * C);
   std::vector<Y> dy(rows * C);
-  std::vector<Real<X>> rstd(rows);
-  AddRmsNorm call{kType<X>, kType<Y>, kType<N>, C, {x.data(), C}, {branch ? y.data() : nullptr, C}, sum.data(),
-                  normed.data(), rstd.data()};
-  add_rms_norm(call, 0, rows);
-  const auto& s = branch ? sum : x;
-  AddRmsNormBackward back{kType<X>,           kType<Y>,            kType<N>,  C,        {s.data(), C}, rstd.data(),
-                          {dsum.data(), C}, {dnormed.data(), C}, dx.data(), dy.data()};
-  add_rms_norm_backward(back, 0, rows);
+  std::vector<R> mean(rows), rstd(rows), dweight(blocks * C), dbias(blocks * C), dweight_again(blocks * C);
+  const bool norm = which.norm != Norm::kNone;
+  const Dropout dropout{which.dropout, 0.25, 0x123456789abcdef0};
+  AddNorm call{.x_type = kType<X>,
+               .y_type = kType<Y>,
+               .normed_type = kType<N>,
+               .norm = which.norm,
+               .dropout = dropout,
+               .C = C,
+               .x = {which.x ? x.data() : nullptr, C},
+               .y = {which.y ? y.data() : nullptr, C},
+               .weight = which.weight ? weight.data() : nullptr,
+               .bias = which.bias ? bias.data() : nullptr,
+               .sum = which.y ? sum.data() : nullptr,
+               .normed = norm ? normed.data() : nullptr,
+               .mean = norm ? mean.data() : nullptr,
+               .rstd = norm ? rstd.data() : nullptr};
+  add_norm(call, 0, rows);
+  const auto& s = which.y ? sum : x;
+  AddNormBackward back{.x_type = kType<X>,
+                       .y_type = kType<Y>,
+                       .normed_type = kType<N>,
+                       .norm = which.norm,
+                       .dropout = dropout,
+                       .C = C,
+                       .rows = rows,
+                       .block = block,
+                       .sum = {s.data(), C},
+                       .dsum = {dsum.data(), C},
+                       .dnormed = {norm ? dnormed.data() : nullptr, C},
+                       .weight = which.weight ? weight.data() : nullptr,
+                       .mean = norm ? mean.data() : nullptr,
+                       .rstd = norm ? rstd.data() : nullptr,
+                       .dx = which.x ? dx.data() : nullptr,
+                       .dy = which.y ? dy.data() : nullptr,
+                       .dweight = which.weight ? dweight.data() : nullptr,
+                       .dbias = which.bias ? dbias.data() : nullptr};
+  add_norm_backward(back, 0, blocks);
+  std::vector<double> dw(blocks * C), db(blocks * C);
+  const auto at = [&](int64_t j) { return which.weight ? widen(weight[j]) : 1; };
   for (int64_t i = 0; i < rows; ++i) {
-    double squares = 0, dot = 0;
-    for (int64_t j = i * C; j < (i + 1) * C; ++j) {
-      if (branch) expect(widen(sum[j]), widen(x[j]) + widen(y[j]), kTolerance<X>, "sum", C);
-      squares += widen(s[j]) * widen(s[j]), dot += widen(s[j]) * widen(dnormed[j]);
+    const double count = static_cast<double>(C);
+    double total = 0, squares = 0, gradients = 0, dot = 0;
+    for (int64_t j = 0; j < C; ++j) total += widen(s[i * C + j]);
+    const double m = which.norm == Norm::kLayer ? total / count : 0;
+    for (int64_t j = 0; j < C; ++j) {
+      const double c = widen(s[i * C + j]) - m, g = norm ? widen(dnormed[i * C + j]) * at(j) : 0;
+      squares += c * c, gradients += g, dot += c * g;
     }
-    const double r = 1 / std::sqrt(squares / static_cast<double>(C) + kRmsEps);
-    for (int64_t j = i * C; j < (i + 1) * C; ++j) {
-      expect(widen(normed[j]), widen(s[j]) * r, kTolerance<N>, "norm", C);
-      const double d = widen(dsum[j]) + r * widen(dnormed[j]) - widen(s[j]) * r * r * r * dot / static_cast<double>(C);
-      expect(widen(dx[j]), d, kTolerance<X>, "dx", C);
-      expect(widen(dy[j]), d, kTolerance<Y>, "dy", C);
+    const double r = 1 / std::sqrt(squares / count + (which.norm == Norm::kLayer ? kLayerEps : kRmsEps));
+    for (int64_t j = 0; j < C; ++j) {
+      const int64_t e = i * C + j;
+      const double kept = !which.dropout ? 1 : survives(dropout, i, j) ? 4.0 / 3 : 0;
+      if (which.y) expect(widen(sum[e]), (which.x ? widen(x[e]) : 0) + kept * widen(y[e]), kTolerance<X>, "sum", C);
+      const double c = widen(s[e]) - m;
+      double d = widen(dsum[e]);
+      if (norm) {
+        expect(widen(normed[e]), c * r * at(j) + (which.bias ? widen(bias[j]) : 0), kTolerance<N>, "norm", C);
+        d += r * widen(dnormed[e]) * at(j) - c * r * r * r * dot / count;
+        if (which.norm == Norm::kLayer) d -= r * gradients / count;
+        dw[i / block * C + j] += widen(dnormed[e]) * c * r, db[i / block * C + j] += widen(dnormed[e]);
+      }
+      // LayerNorm of one channel is 0 / 0 but for its epsilon, and its slope 300.
+      const double slack = which.norm == Norm::kLayer && C < 3 ? 100 : 1;
+      if (which.x) expect(widen(dx[e]), d, slack * kTolerance<X>, "dx", C);
+      if (which.y) expect(widen(dy[e]), kept * d, slack * kTolerance<Y>, "dy", C);
     }
   }
-  call.normed = normed_again.data(), back.dx = dx_again.data();
-  for (int64_t i = 0; i < rows; ++i) add_rms_norm(call, i, i + 1), add_rms_norm_backward(back, i, i + 1);
-  expect_same(normed, normed_again, "norm", C);
-  expect_same(dx, dx_again, "dx", C);
+  for (int64_t i = 0; i < blocks * C; ++i) {
+    if (which.weight) expect(dweight[i], dw[i], 10 * kTolerance<R>, "dweight", C);
+    if (which.bias) expect(dbias[i], db[i], kTolerance<R>, "dbias", C);
+  }
+  if (norm) call.normed = normed_again.data();
+  if (which.x) back.dx = dx_again.data();
+  if (which.weight) back.dweight = dweight_again.data();
+  for (int64_t i = 0; i < rows; ++i) add_norm(call, i, i + 1);
+  for (int64_t i = 0; i < blocks; ++i) add_norm_backward(back, i, i + 1);
+  if (norm) expect_same(normed, normed_again, "norm", C);
+  if (which.x) expect_same(dx, dx_again, "dx", C);
+  if (which.weight) expect_same(dweight, dweight_again, "dweight", C);
 }
 
 template <class T, class V>
@@ -172,19 +250,43 @@ void check_heads(int64_t B, int64_t T_, int64_t H, int64_t H_kv, int64_t D, bool
   expect_same(dqkv, dqkv_again, "dqkv", D);
 }
 
-template <class T>
-void check_relu(int64_t n) {
-  const auto x = draw<T>(n), dy = draw<T>(n);
-  std::vector<T> y(n), dx(n);
-  for (int64_t begin = 0; begin < n; begin += 37) {
-    const int64_t end = begin + 37 < n ? begin + 37 : n;
-    relu_squared(kType<T>, x.data(), y.data(), begin, end);
-    relu_squared_backward(kType<T>, x.data(), dy.data(), dx.data(), begin, end);
+// What an activation makes of x, and of its gate, in float64.
+double curve(Activation kind, double x) {
+  switch (kind) {
+    case Activation::kRelu: return std::fmax(x, 0);
+    case Activation::kReluSquared: return std::fmax(x, 0) * std::fmax(x, 0);
+    case Activation::kGelu: return x * 0.5 * std::erfc(-x / std::sqrt(2));
+    case Activation::kGeluTanh: return 0.5 * x * (1 + std::tanh(std::sqrt(2 / std::acos(-1)) * (x + 0.044715 * x * x * x)));
+    default: return x / (1 + std::exp(-x));
   }
+}
+double slope(Activation kind, double x) {
+  const double step = 1e-5;
+  if (x == 0 && kind != Activation::kSwiglu) return kind == Activation::kRelu || kind == Activation::kReluSquared ? 0 : 0.5;
+  return (curve(kind, x + step) - curve(kind, x - step)) / (2 * step);
+}
+
+template <class T>
+void check_activation(Activation kind, int64_t rows, int64_t width) {
+  const bool gate = kind == Activation::kSwiglu;
+  const int64_t n = rows * width, count = gate ? rows : n, pitch = gate ? 2 * width : width;
+  const auto x = draw<T>(rows * pitch), dy = draw<T>(n);
+  std::vector<T> y(n), dx(rows * pitch);
+  const ActivationCall call{
+      .type = kType<T>, .kind = kind, .width = width, .x = x.data(), .dy = dy.data(), .y = y.data(), .dx = dx.data()};
+  const int64_t piece = gate ? 1 : 37;
+  for (int64_t begin = 0; begin < count; begin += piece) {
+    const int64_t end = begin + piece < count ? begin + piece : count;
+    activation(call, begin, end);
+    activation_backward(call, begin, end);
+  }
+  const double tolerance = std::fmax(kTolerance<T>, 1e-8);  // of a difference quotient
   for (int64_t i = 0; i < n; ++i) {
-    const double positive = std::fmax(widen(x[i]), 0);
-    expect(widen(y[i]), positive * positive, kTolerance<T>, "relu squared", n);
-    expect(widen(dx[i]), 2 * positive * widen(dy[i]), kTolerance<T>, "its gradient", n);
+    const int64_t at = i / width * pitch + i % width;
+    const double h = gate ? widen(x[at + width]) : 1, value = curve(kind, widen(x[at]));
+    expect(widen(y[i]), value * h, kTolerance<T>, "activation", n);
+    expect(widen(dx[at]), slope(kind, widen(x[at])) * h * widen(dy[i]), tolerance, "its gradient", n);
+    if (gate) expect(widen(dx[at + width]), value * widen(dy[i]), kTolerance<T>, "the gate's other gradient", n);
   }
 }
 
@@ -205,20 +307,30 @@ void check_all_heads() {
 
 int main() {
   for (const int64_t C : {1, 2, 7, 8, 15, 16, 17, 31, 64, 65, 255, 256, 257, 1000}) {
-    for (const bool branch : {false, true}) {
-      check_norm<float, float, float>(3, C, branch);
-      check_norm<float, float, Half>(3, C, branch);
-      check_norm<float, Half, float>(3, C, branch);
-      check_norm<float, Half, Half>(3, C, branch);
-      check_norm<Half, Half, Half>(3, C, branch);
-      check_norm<double, double, double>(3, C, branch);
+    for (const Norm norm : {Norm::kNone, Norm::kLayer, Norm::kRms}) {
+      const bool some = norm != Norm::kNone;
+      for (const NormCase& which : {NormCase{norm, true, true, false, false, false}, {norm, true, false, false, some, false},
+                                    {norm, true, true, true, some, some}, {norm, false, true, true, some, some}}) {
+        check_norm<float, float, float>(3, C, which);
+        check_norm<float, float, Half>(3, C, which);
+        check_norm<float, Half, float>(3, C, which);
+        check_norm<float, Half, Half>(3, C, which);
+        check_norm<Half, Half, Half>(3, C, which);
+        check_norm<double, double, double>(3, C, which);
+      }
     }
   }
   check_all_heads<float, float>();
   check_all_heads<double, double>();
   check_all_heads<Half, Half>();
   check_all_heads<Half, float>();
-  for (const int64_t n : {0, 1, 7, 16, 17, 100, 1000}) check_relu<float>(n), check_relu<double>(n), check_relu<Half>(n);
+  for (const auto kind : {Activation::kRelu, Activation::kReluSquared, Activation::kGelu, Activation::kSwiglu,
+                          Activation::kGeluTanh}) {
+    for (const int64_t n : {0, 1, 7, 16, 17, 100, 1000}) {
+      check_activation<float>(kind, 1, n), check_activation<double>(kind, 1, n), check_activation<Half>(kind, 1, n);
+      check_activation<float>(kind, 3, n), check_activation<double>(kind, 3, n), check_activation<Half>(kind, 3, n);
+    }
+  }
   std::printf("block on %s: %d failures\n", block_isa(), failures);
   return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
 }

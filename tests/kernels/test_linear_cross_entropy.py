@@ -16,7 +16,7 @@ from chargpt.kernels.ops import linear_cross_entropy as module
 from .cases import DRAWS, assert_as_right_as_torch, implementations, naive_cross_entropy
 
 IMPLEMENTATIONS = implementations("softmax_cross_entropy")
-SHAPES = [(1, 1, 1), (7, 3, 5), (13, 8, 65), (20, 16, 300)]  # N, C, V
+SHAPES = [(1, 1, 1), (7, 1, 5), (7, 3, 5), (13, 8, 65), (20, 16, 300)]  # N, C, V
 OPTIONS: list[dict[str, Any]] = [
     {},
     {"reduction": "sum"},

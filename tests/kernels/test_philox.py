@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from chargpt.kernels.philox import dropout_keep_mask, philox_4x32
+from chargpt.kernels.philox import dropout_keep_mask, philox_4x32, row_keep_mask
 
 from .cases import naive_keep, naive_philox
 
@@ -80,3 +80,32 @@ def test_neighbours_and_seeds_are_independent() -> None:
 def test_the_share_kept_is_one_minus_p(p: float) -> None:
     mask = dropout_keep_mask(torch.tensor(SEED), p, 8, 128, 128)
     assert abs(mask.double().mean().item() - (1 - p)) < 5 * math.sqrt(p * (1 - p) / mask.numel())
+
+
+@pytest.mark.parametrize(("rows", "channels", "p"), [(1, 1, 0.5), (4, 9, 0.2), (3, 64, 0.7)])
+def test_the_mask_of_rows_element_by_element(rows: int, channels: int, p: float) -> None:
+    mask = row_keep_mask(torch.tensor(SEED), p, rows, channels)
+    wanted = [[naive_keep(SEED, p, 0, i, j) for j in range(channels)] for i in range(rows)]
+    assert mask.tolist() == wanted
+
+
+def test_rows_channels_and_seeds_are_independent() -> None:
+    masks = torch.stack([row_keep_mask(torch.tensor(seed), 0.5, 512, 384) for seed in (0, 1, 2**32)]).double() - 0.5
+    n = masks[0].numel()
+    lagged = {
+        "channel": (masks[..., 1:] * masks[..., :-1]).mean(),
+        "group of eight channels": (masks[..., 8:] * masks[..., :-8]).mean(),
+        "row": (masks[..., 1:, :] * masks[..., :-1, :]).mean(),
+        "low half of the seed": (masks[0] * masks[1]).mean(),
+        "high half of the seed": (masks[0] * masks[2]).mean(),
+    }
+    for name, correlation in lagged.items():
+        assert abs(correlation.item()) < 5 * 0.25 / math.sqrt(n), name  # five standard deviations
+
+
+@pytest.mark.parametrize("p", [0.01, 0.1, 0.5, 0.9])
+def test_the_share_of_channels_kept_is_one_minus_p(p: float) -> None:
+    mask = row_keep_mask(torch.tensor(SEED), p, 512, 384)
+    assert abs(mask.double().mean().item() - (1 - p)) < 5 * math.sqrt(p * (1 - p) / mask.numel())
+    by_column = mask.double().mean(0) - (1 - p)  # (384,)
+    assert by_column.abs().max().item() < 5 * math.sqrt(p * (1 - p) / 512)

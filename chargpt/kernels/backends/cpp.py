@@ -13,6 +13,8 @@ from torch import Tensor
 
 from chargpt.kernels import native
 from chargpt.kernels.ops import OPERATIONS, linear_cross_entropy
+from chargpt.kernels.ops.activation import KINDS
+from chargpt.kernels.ops.add_norm import NORMS
 from chargpt.kernels.ops.attention import MAX_HEAD_SIZE
 from chargpt.kernels.ops.common import OperatorLibrary, has_usual_type
 from chargpt.kernels.ops.cross_entropy import NAMES, losses_and_gradient
@@ -94,17 +96,31 @@ def add_transposed_product_(c: Tensor, a: Tensor, b: Tensor) -> None:
         linear_cross_entropy.add_transposed_product_(c, a, b)
 
 
-def add_rms_norm(x: Tensor, y: Tensor | None, *, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def add_norm(
+    x: Tensor | None,
+    y: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    norm: str,
+    dropout_p: float,
+    seed: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
     """As the reference, for float32, bfloat16 and float64 on the CPU.
 
     y and the norm may be bfloat16 beside a float32 x; other mixtures are left to the reference, and so is
     torch.compile, which fuses it.
     """
-    if torch.compiler.is_compiling() or not _same_or_half(x.dtype, x.dtype if y is None else y.dtype, dtype):
-        return OPERATIONS["add_rms_norm"].reference(x, y, dtype=dtype)  # type: ignore[no-any-return]
-    if _natively(x, y):
-        return _module().add_rms_norm(x, y, dtype)  # type: ignore[no-any-return]
-    return LIBRARY["add_rms_norm"](x, y, dtype=dtype)  # type: ignore[no-any-return]
+    stream = y if x is None else x
+    assert stream is not None
+    options: Any = {"norm": norm, "dropout_p": dropout_p, "seed": seed, "dtype": dtype}
+    taken = _same_or_half(stream.dtype, stream.dtype if y is None else y.dtype, dtype)
+    if torch.compiler.is_compiling() or not taken:
+        return OPERATIONS["add_norm"].reference(x, y, weight, bias, **options)  # type: ignore[no-any-return]
+    if _natively(x, y, weight, bias, seed):
+        return _module().add_norm(x, y, weight, bias, NORMS.index(norm), dropout_p, seed, dtype)  # type: ignore[no-any-return]
+    return LIBRARY["add_norm"](x, y, weight, bias, **options)  # type: ignore[no-any-return]
 
 
 def qkv_heads(
@@ -132,11 +148,13 @@ def qkv_heads(
     return LIBRARY["qkv_heads"](qkv, value_rows, cos, sin, **options)  # type: ignore[no-any-return]
 
 
-def relu_squared(x: Tensor) -> Tensor:
+def activation(x: Tensor, kind: str) -> Tensor:
     """As the reference, for float32, bfloat16 and float64 on the CPU; torch.compile is left to it."""
     if torch.compiler.is_compiling():
-        return OPERATIONS["relu_squared"].reference(x)  # type: ignore[no-any-return]
-    return _module().relu_squared(x) if _natively(x) else LIBRARY["relu_squared"](x)  # type: ignore[no-any-return]
+        return OPERATIONS["activation"].reference(x, kind)  # type: ignore[no-any-return]
+    if _natively(x):
+        return _module().activation(x, KINDS.index(kind))  # type: ignore[no-any-return]
+    return LIBRARY["activation"](x, kind)  # type: ignore[no-any-return]
 
 
 def _same_or_half(dtype: torch.dtype, *others: torch.dtype) -> bool:
@@ -149,7 +167,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "softmax_cross_entropy": softmax_cross_entropy,
     "softmax_cross_entropy_gradient_": softmax_cross_entropy_gradient_,
     "add_transposed_product_": add_transposed_product_,
-    "add_rms_norm": add_rms_norm,
+    "add_norm": add_norm,
     "qkv_heads": qkv_heads,
-    "relu_squared": relu_squared,
+    "activation": activation,
 }

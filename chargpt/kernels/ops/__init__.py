@@ -5,9 +5,9 @@ differentiated by autograd. It computes in float32, or in float64 for float64 in
 around it says, and keeps whole (T, S) and (N, V) matrices, which the fused kernels exist to avoid.
 """
 
-from chargpt.kernels.ops import attention, cross_entropy, qkv_heads, relu_squared, rms_norm
+from chargpt.kernels.ops import activation, add_norm, attention, cross_entropy, qkv_heads
 from chargpt.kernels.ops.common import Operation
 
 OPERATIONS: dict[str, Operation] = {
-    module.OPERATION.name: module.OPERATION for module in (attention, cross_entropy, rms_norm, qkv_heads, relu_squared)
+    module.OPERATION.name: module.OPERATION for module in (attention, cross_entropy, add_norm, qkv_heads, activation)
 }

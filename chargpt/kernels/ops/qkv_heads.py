@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from chargpt.kernels import registry
+from chargpt.kernels.ops.add_norm import rms_norm
 from chargpt.kernels.ops.common import (
     Operation,
     OperatorLibrary,
@@ -17,7 +18,6 @@ from chargpt.kernels.ops.common import (
     second_derivative,
     shape_of,
 )
-from chargpt.kernels.ops.rms_norm import rms_norm
 
 OPTIONS = "Tensor? cos, Tensor? sin, int n_head, int n_kv_head, bool qk_norm"
 
