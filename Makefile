@@ -74,6 +74,7 @@ bench: $(READY)  ## time the kernels, generation and a training step
 	$(BIN)/python -m benchmarks.decode
 	$(BIN)/python -m benchmarks.serve
 	$(BIN)/python -m benchmarks.training_step --compile
+	$(BIN)/python -m benchmarks.cost
 
 # With the Python that is there, because it has the torch that fits the GPU: .venv's where there is one, else $(PYTHON).
 # For a first look: make gpu STEPS=smoke,shapes,step SECONDS=180

@@ -8,10 +8,11 @@ import argparse
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.harness import Measurement, compare, report
-from chargpt.kernels import add_rms_norm, qkv_heads, relu_squared
+from chargpt.kernels import activation, add_norm, qkv_heads
 
 SHAPES = ((64, 128, 128, 4), (32, 256, 256, 8), (64, 256, 384, 6))  # batch, time, channels, heads
 Outputs = Tensor | tuple[Tensor, ...]
@@ -29,20 +30,36 @@ def main() -> None:
         angles = torch.rand(T, C // H // 2, generator=torch.Generator().manual_seed(2))
         cos, sin = angles.cos(), angles.sin()
 
-        def norm(impl: str, x: Tensor, y: Tensor) -> Outputs:
+        def rms(impl: str, x: Tensor, y: Tensor) -> Outputs:
             with torch.autocast("cpu", half):  # noqa: B023
-                return add_rms_norm(x, y, impl=impl)
+                return add_norm(x, y, norm="rmsnorm", impl=impl)
+
+        def layer(impl: str, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, p: float = 0.0) -> Outputs:
+            with torch.autocast("cpu", half):  # noqa: B023
+                return add_norm(x, y, weight, bias, norm="layernorm", dropout_p=p, impl=impl)
+
+        def torch_layer(impl: str, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor) -> Outputs:
+            """What a model in plain torch does: its own mask, three operations."""
+            if impl == "cpp":
+                return layer(impl, x, y, weight, bias, 0.2)
+            s = x + F.dropout(y, 0.2)
+            return s, F.layer_norm(s, s.shape[-1:], weight, bias).bfloat16()
 
         def heads(impl: str, qkv: Tensor, rows: Tensor, H: int = H, cos: Tensor = cos, sin: Tensor = sin) -> Outputs:
             return qkv_heads(qkv, rows, cos, sin, n_head=H, n_kv_head=H, qk_norm=True, impl=impl)
 
-        def square(impl: str, x: Tensor) -> Outputs:
-            return relu_squared(x, impl=impl)
-
-        measurements += measure(f"add_rms_norm {shape}", norm, (x, y), "4")
+        gains = (1 + random(C), random(C))
+        measurements += measure(f"add_norm rmsnorm {shape}", rms, (x, y), "4")
+        measurements += measure(f"add_norm layernorm {shape}", layer, (x, y, *gains), "4")
+        measurements += measure(f"add_norm layernorm, dropout 0.2 {shape}", torch_layer, (x, y, *gains), "4")
         measurements += measure(f"qkv_heads {shape}, {H} heads", heads, (qkv, rows), "4")
-        hidden = random(B, T, 4 * C).bfloat16()
-        measurements += measure(f"relu_squared ({B}, {T}, {4 * C})", square, (hidden,), "2")
+        for kind in ("relu2", "gelu", "gelu_tanh", "swiglu"):
+            hidden = random(B, T, 8 * C if kind == "swiglu" else 4 * C).bfloat16()
+
+            def function(impl: str, x: Tensor, kind: str = kind) -> Outputs:
+                return activation(x, kind, impl=impl)
+
+            measurements += measure(f"{kind} ({B}, {T}, {4 * C})", function, (hidden,), "2")
     report("elementwise", measurements)
 
 

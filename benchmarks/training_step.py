@@ -60,12 +60,17 @@ def measure(name: str, model: TransformerConfig, batch_size: int, goal: float, c
 
 
 def step(
-    model: TransformerConfig, batch_size: int, backend: str, precision: str, compiled: bool
+    model: TransformerConfig,
+    batch_size: int,
+    backend: str,
+    precision: str,
+    compiled: bool,
+    vocabulary: int = VOCABULARY,
 ) -> Callable[[], object]:
     config = TrainConfig(model=model, max_steps=1, batch_size=batch_size, optimizer=OptimizerConfig(), grad_clip=1.0)
     config = override(config, [f"precision={precision}", f"backend={backend}"])
-    network = build_model(model, VOCABULARY, seed=1, backend=backend)
-    tokens = np.random.default_rng(2).integers(VOCABULARY, size=1_000_000, dtype=np.uint8)
+    network = build_model(model, vocabulary, seed=1, backend=backend)
+    tokens = np.random.default_rng(2).integers(vocabulary, size=1_000_000, dtype=np.uint16)
     batches = build_batches("random", tokens, batch_size, model.block_size, seed=3)
     runtime = Runtime(torch.device("cpu"), precision, compiled, False, backend, ())
     optimizers = build_optimizers(network, config.optimizer)
