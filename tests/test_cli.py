@@ -154,6 +154,7 @@ def test_each_choice_is_told_with_its_reason_and_what_is_set_by_hand_stays(
     for knob in ("block_size 128", "eval_interval", "patience"):
         assert sum(line.startswith(f"{knob} ") for line in lines) == (knob != "block_size 128"), knob
     config = yaml.safe_load(Path("runs/text/config.yaml").read_text(encoding="utf-8"))
+    assert [*config] == [field.name for field in dataclasses.fields(TrainConfig)]
     assert (config["model"]["n_layer"], config["model"]["n_embd"]) == (1, 32)
     assert config["max_steps"] == 3  # 1.2 seconds at 10,000 tokens a second, of 4,096 in a step
     assert json.loads(Path("runs/text/metrics.json").read_text())["variant"] == "modern"
@@ -466,11 +467,6 @@ def test_the_speed_is_told_to_a_terminal_with_who_wrote(
     assert re.search(r"^30 tokens in \d+\.\d s, [\d,]+ a second, by torch \(.+\)$", err, re.MULTILINE)
     if "cpp" in available_backends():
         assert "a second, by C++ in fp32 (" in chargpt(*arguments, "fp32")[2]
-
-
-def test_a_config_is_written_in_the_order_of_its_knobs(trained: Path) -> None:
-    written = yaml.safe_load((trained / "runs/my/config.yaml").read_text())
-    assert [*written] == [field.name for field in dataclasses.fields(TrainConfig)]
 
 
 def test_a_student_is_trained_and_says_from_whom_it_learns(chargpt: Chargpt, trained: Path, tmp_path: Path) -> None:

@@ -193,16 +193,28 @@ class Covering:
         by_line = self.lines.get(path, {})
         found = {test for number in statement(source, line) for test in by_line.get(str(number), [])}
         near = beside(path)
-        if not found:  # it runs when the file is imported; a test may look at what that made, and run no line
-            found = {test for tests in by_line.values() for test in tests}
+        if not found or at_import(source, line):  # a test may look at what that made, and run no line
+            found |= {test for tests in by_line.values() for test in tests}
             found |= {test for test in self.seconds if test.startswith((*near, *WHOLE))}
         chosen: list[str] = []
         budget = ENOUGH
-        for test in sorted(found, key=lambda test: (not test.startswith((*near, *WHOLE)), self.seconds[test], test)):
+
+        def order(test: str) -> tuple[bool, bool, float, str]:
+            return not test.startswith(WHOLE), not test.startswith(tuple(near)), self.seconds[test], test
+
+        for test in sorted(found, key=order):
             if chosen and ((budget := budget - self.seconds[test]) < 0 or len(chosen) == MOST):
                 break
             chosen.append(test)
         return tuple(chosen)
+
+
+def at_import(source: str, line: int) -> bool:
+    """Whether a line runs when its file is imported: outside the bodies of functions."""
+    functions = [
+        node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+    return not any(node.body[0].lineno <= line <= (node.end_lineno or line) for node in functions)
 
 
 def statement(source: str, line: int) -> range:

@@ -16,5 +16,8 @@ PATCHES = (
     ("csrc/cpu/attention_tiles.h", "load<uint32_t>(halves) >= threshold", "load<uint32_t>(halves) > threshold"),
     ("csrc/cpu/product_kernel.h", "load<float>(c + n) + load<float>(from + n)", "load<float>(from + n)"),
     ("csrc/cpu/micro_kernel.h", "r + 1 < rows ? load_half(row + stride, left) : HalfVec{}", "load_half(row, left)"),
+    ("csrc/cpu/block_norm.h", "halves[i] < threshold ? Real{0}", "halves[i] <= threshold ? Real{0}"),
+    ("csrc/cpu/block_norm.h", "dropped(d, read(factors, n))", "d"),
+    ("csrc/cpu/block_activation.h", "clipped<Real>(x) * bell", "x * bell"),
     ("csrc/cpu/cross_entropy_kernel.h", "if (softcap == 0) return x;", "if (softcap <= 1) return x;"),
 )
