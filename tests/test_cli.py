@@ -22,7 +22,7 @@ import yaml
 
 import runs
 from chargpt import __version__, cli, experiment
-from chargpt.cli import train
+from chargpt.cli import sample, train
 from chargpt.config import TokenizerConfig, TrainConfig
 from chargpt.config.presets import PRESETS
 from chargpt.data import split_tokens, write_splits
@@ -467,6 +467,18 @@ def test_the_speed_is_told_to_a_terminal_with_who_wrote(
     assert re.search(r"^30 tokens in \d+\.\d s, [\d,]+ a second, by torch \(.+\)$", err, re.MULTILINE)
     if "cpp" in available_backends():
         assert "a second, by C++ in fp32 (" in chargpt(*arguments, "fp32")[2]
+
+
+def test_a_line_of_json_leaves_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed = []
+
+    class Out(io.StringIO):
+        def flush(self) -> None:
+            flushed.append(self.getvalue())
+
+    monkeypatch.setattr(sys, "stdout", Out())
+    sample.print_json({"text": "a"})
+    assert flushed == ['{"text": "a"}\n']
 
 
 def test_a_student_is_trained_and_says_from_whom_it_learns(chargpt: Chargpt, trained: Path, tmp_path: Path) -> None:

@@ -304,12 +304,14 @@ def test_threads_that_hinder_one_another_are_not_used(monkeypatch: pytest.Monkey
 def test_what_all_streams_gain_in_a_burst_comes_in_one_call() -> None:
     engine = ModelEngine(made(TOKENIZER.vocab_size, 1), TOKENIZER, slots=5)
     calls: list[list[int]] = []  # the streams of each
+    alternatives: list[Any] = []
     done = threading.Event()
     left = 5
 
     def deliver(number: int, delta: Any) -> None:
         nonlocal left
         calls[-1].append(number)
+        alternatives.extend(delta.top)
         left -= delta.piece.finish_reason is not None
 
     def hand_over(each: Callable[[], None]) -> None:
@@ -322,6 +324,7 @@ def test_what_all_streams_gain_in_a_burst_comes_in_one_call() -> None:
     engine.submit([Job([0], SampleConfig(max_new_tokens=40), partial(deliver, i)) for i in range(5)])
     assert done.wait(30)
     assert calls == [[0, 1, 2, 3, 4]] * len(calls)
+    assert alternatives == []  # nobody asked for any
     engine.close()
 
 
