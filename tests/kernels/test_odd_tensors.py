@@ -49,7 +49,6 @@ OPERATIONS: dict[str, tuple[Tensor, Callable[..., Tensor]]] = {
     "activation": (seeded(2, 3, 8), lambda x, **o: activation(x, "gelu", **o)),
     "swiglu": (seeded(2, 3, 8), lambda x, **o: activation(x, "swiglu", **o)),
     "norm": (seeded(2, 3, 8), lambda x, **o: add_norm(x, norm="rmsnorm", **o)[1]),
-    "residual": (seeded(2, 3, 8), lambda x, **o: torch.cat(add_norm(x, x.flip(0), norm="rmsnorm", **o))),
     "layernorm": (
         seeded(2, 3, 8),
         lambda x, **o: torch.cat(add_norm(x, x.flip(0), x[0, 0], x[1, 1], norm="layernorm", **o)),
