@@ -13,7 +13,6 @@ import dataclasses
 import importlib.util
 import multiprocessing
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -22,12 +21,10 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.harness import Measurement, compare, report
-from benchmarks.training_step import step
+from benchmarks.harness import Measurement, compare, milliseconds, report
+from benchmarks.training_step import MIDDLE, SMALL, step
 from chargpt.config import TransformerConfig
 
-SMALL = TransformerConfig(block_size=64, n_layer=4, n_head=4, n_embd=128)
-MIDDLE = TransformerConfig(block_size=256, n_layer=6, n_head=6, n_embd=384)
 GPT2 = TransformerConfig(block_size=1024, n_layer=12, n_head=12, n_embd=768, bias=True)
 
 
@@ -133,14 +130,8 @@ def one_step(model: Any, optimizer: torch.optim.Optimizer, case: Case, precision
 def product_rate(C: int) -> float:
     """Floating-point operations a second of torch's bfloat16 products, the best of several."""
     a, b = torch.randn(4096, C).bfloat16(), torch.randn(C, 4 * C).bfloat16()
-    best = min(timed(lambda: a @ b) for _ in range(20))
-    return 2 * 4096 * C * 4 * C / best
-
-
-def timed(function: Callable[[], object]) -> float:
-    before = time.perf_counter()
-    function()
-    return time.perf_counter() - before
+    best = min(milliseconds(lambda: a @ b) for _ in range(20))
+    return 2 * 4096 * C * 4 * C / best * 1e3
 
 
 def peak(case: Case, folder: Path, who: str, threads: int) -> int:

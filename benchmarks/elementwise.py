@@ -38,7 +38,7 @@ def main() -> None:
             with torch.autocast("cpu", half):  # noqa: B023
                 return add_norm(x, y, weight, bias, norm="layernorm", dropout_p=p, impl=impl)
 
-        def torch_layer(impl: str, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor) -> Outputs:
+        def with_dropout(impl: str, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor) -> Outputs:
             """What a model in plain torch does: its own mask, three operations."""
             if impl == "cpp":
                 return layer(impl, x, y, weight, bias, 0.2)
@@ -51,7 +51,7 @@ def main() -> None:
         gains = (1 + random(C), random(C))
         measurements += measure(f"add_norm rmsnorm {shape}", rms, (x, y), "4")
         measurements += measure(f"add_norm layernorm {shape}", layer, (x, y, *gains), "4")
-        measurements += measure(f"add_norm layernorm, dropout 0.2 {shape}", torch_layer, (x, y, *gains), "4")
+        measurements += measure(f"add_norm layernorm, dropout 0.2 {shape}", with_dropout, (x, y, *gains), "4")
         measurements += measure(f"qkv_heads {shape}, {H} heads", heads, (qkv, rows), "4")
         for kind in ("relu2", "gelu", "gelu_tanh", "swiglu"):
             hidden = random(B, T, 8 * C if kind == "swiglu" else 4 * C).bfloat16()

@@ -3,10 +3,10 @@
 Cosmic Ray knows the places of the Python code and the changes; those of the C++ code are in tests/mutants/native.py. A
 seed chooses places at random, and at each of them one change, which is made in a copy of the project under build/.
 The tests that run the changed line are run there, or for a line that runs at the import those beside the file and
-those that run any line of it; which those are is found once, by Coverage.py. Those beside the changed file come first,
-then the shortest. Where it knows of none (what runs in a process of its own), the tests beside the file run, then
-those of whole runs and commands. What Ruff or mypy refuses in `make lint` is noticed too. What nothing notices is
-printed as a diff.
+those that run any line of it; which those are is found once, by Coverage.py. Those of WHOLE come first, then those
+beside the changed file, then the shortest. Where it knows of none (what runs in a process of its own), the tests beside
+the file run, then those of whole runs and commands. What Ruff or mypy refuses in `make lint` is noticed too. What
+nothing notices is printed as a diff.
 
 What was tried is kept in tests/mutants/results.jsonl, so that another run with the same seed resumes behind it; a file
 that changed since is tried again, and so is what no test noticed, if the tests changed. Changes that change nothing
@@ -184,7 +184,7 @@ class Covering:
     lines: dict[str, dict[str, list[str]]]  # file, line, tests
 
     def tests(self, path: str, source: str, line: int) -> tuple[str, ...]:
-        """The tests that run a line's statement: those beside its file first, then the shortest.
+        """The tests that run a line's statement: WHOLE's first, then those beside its file, then the shortest.
 
         At most MOST of them, as many as take ENOUGH seconds.
         """
