@@ -149,11 +149,7 @@ NormGradients normalise_backward(const Tensor& dsum, const Tensor& dnormed, cons
   return result;
 }
 
-Tensor row_dropout_of(const Tensor& x, double p, const Tensor& seed) {
-  return normalise(Tensor(), x, Tensor(), Tensor(), norm_options(0, p, seed), x.scalar_type()).sum;
-}
-
-// The same by operators, so that it can be differentiated again.
+// As normalise_backward, by operators, so that it can be differentiated again.
 NormGradients differentiable_backward(const Tensor& dsum, const Tensor& dnormed, const NormSaved& saved,
                                       const Tensor& seed) {
   NormGradients result{.dx = dsum};
@@ -270,7 +266,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_backward(const Tensor& dnormed, const Te
 
 Tensor row_dropout(const Tensor& x, double p, const Tensor& seed) {
   const py::gil_scoped_release nogil;
-  return row_dropout_of(x, p, seed);
+  return normalise(Tensor(), x, Tensor(), Tensor(), norm_options(0, p, seed), x.scalar_type()).sum;
 }
 
 }  // namespace

@@ -172,7 +172,7 @@ void check_norm(int64_t rows, int64_t C, const NormCase& which) {
     }
   }
   for (int64_t i = 0; i < blocks * C; ++i) {
-    if (which.weight) expect(dweight[i], dw[i], 10 * kTolerance<R>, "dweight", C);
+    if (which.weight) expect(dweight[i], dw[i], kTolerance<R>, "dweight", C);
     if (which.bias) expect(dbias[i], db[i], kTolerance<R>, "dbias", C);
   }
   if (norm) call.normed = normed_again.data();
