@@ -1,17 +1,22 @@
 """`chargpt info`: what this installation is and what this machine offers it."""
 
 import argparse
+import datetime
 import json
 import os
 import platform
+import statistics
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from chargpt import __version__
 from chargpt.cli.parsing import Commands, command
+from chargpt.errors import ChargptError
 
 EXAMPLES = """examples:
   chargpt info
+  chargpt info --check
   chargpt info --json"""
 PACKAGES = ("torch", "numpy", "safetensors", "triton", "dvc", "mlflow")
 
@@ -21,11 +26,65 @@ def add(commands: Commands) -> None:
         commands, "info", run, EXAMPLES, "Versions, devices, and which kernels exist here and why the others do not."
     )
     info.add_argument("--json", action="store_true", help="print JSON")
+    info.add_argument(
+        "--check",
+        action="store_true",
+        help="first compare all kernels that can run here with PyTorch, for a minute, and remember where they were "
+        "right and faster: backend=auto takes them there from then on (default: nothing is compared)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
+    if arguments.check:
+        check()
     info = collect()
     print(json.dumps(info, indent=1) if arguments.json else as_text(info))
+
+
+def check() -> None:
+    """Check every kernel that can run on this machine's devices, say so on stderr, and record the outcome.
+
+    Raises ChargptError when a kernel is wrong, or the outcome cannot be kept.
+    """
+    import torch
+
+    from chargpt.generation.check import check as check_decoder
+    from chargpt.kernels import available_backends, native
+    from chargpt.kernels.check import check as check_kernels
+
+    kinds = {"cpp": ("cpu", native.cpu_kind())}
+    if torch.cuda.is_available():
+        capability = ".".join(map(str, torch.cuda.get_device_capability()))
+        kinds |= dict.fromkeys(("cuda", "triton"), ("cuda", capability))
+    wrong = []
+    for backend in filter(kinds.get, available_backends()):
+        device, kind = kinds[backend]
+        _say(f"checking {backend} on {kind}")
+        findings = check_kernels(backend, device) | ({"decoding": check_decoder()} if backend == "cpp" else {})
+        for name, found in findings.items():
+            state = f"{len(found.problems)} WRONG" if found.problems else "right"
+            _say(f"  {name:<22}{found.checks:4} checks, {state}, {found.speed:.1f} times as fast as PyTorch")
+        problems = [problem for found in findings.values() for problem in found.problems]
+        for problem in problems:
+            _say(f"  WRONG: {problem}")
+        speed = statistics.median(found.speed for found in findings.values())
+        entry = {
+            "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "checks": sum(found.checks for found in findings.values()),
+            "speed": round(speed, 2),
+        }
+        native.record_check(backend, kind, entry if not problems and speed > 1 else None)
+        if speed <= 1:
+            _say(f"  {speed:.2f} times as fast as PyTorch, so auto does not take them for it")
+        wrong += [backend] if problems else []
+    if wrong:
+        raise ChargptError(
+            f"{' and '.join(wrong)} computed wrong results; use backend=torch, and please report the above"
+        )
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def collect() -> dict[str, Any]:

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from chargpt.errors import ConfigError, shown
+from chargpt.errors import ChargptError, ConfigError, shown
+from chargpt.files import replaced_file
 
 RECORD = Path(__file__).parents[1] / "_native.json"  # written by setup.py next to the modules
 INSTRUCTION_SETS = ("plain", "avx2", "avx512", "avx512_bf16", "amx")  # csrc/cpu/simd/isa.h
@@ -53,9 +54,44 @@ def load_cuda() -> Native:
 def unmeasured() -> str | None:
     """Why "auto" leaves the C++ kernels alone on this kind of CPU, though they run; None where they were measured."""
     kind = platform.machine()
-    if kind.lower() in MEASURED:
+    if kind.lower() in MEASURED or has_passed("cpp", cpu_kind()):
         return None
-    return f"on {kind} the C++ kernels pass their tests, but nobody has measured whether they are faster"
+    return (
+        f"on {kind} the C++ kernels pass their tests, but nobody has measured whether they are faster; "
+        "`chargpt info --check` does"
+    )
+
+
+def cpu_kind() -> str:
+    """What decides which code of the C++ kernels runs: the architecture, and the instruction sets that are used."""
+    module = load().module
+    isa = "none" if module is None else module.attention_isa(torch.empty(0, dtype=torch.bfloat16))
+    return f"{platform.machine()} {isa}"
+
+
+def has_passed(backend: str, kind: str) -> bool:
+    """Whether `chargpt info --check` found a backend right and fast on this kind of device, with this torch."""
+    built = _read(RECORD)
+    passed = built.get("checked") if isinstance(built, dict) else None
+    entry = passed.get(f"{backend} {kind}") if isinstance(passed, dict) else None
+    return isinstance(entry, dict) and entry.get("torch") == torch.__version__
+
+
+def record_check(backend: str, kind: str, entry: dict[str, Any] | None) -> None:
+    """Keep what a check found beside what the build recorded, so that the next build forgets it; None: it failed.
+
+    Raises ChargptError where nothing was built, and OSError where the folder of the package may not be written.
+    """
+    built = _read(RECORD)
+    if isinstance(built, str):
+        raise ChargptError(built)
+    checked = built.get("checked")
+    checked = dict(checked) if isinstance(checked, dict) else {}
+    checked.pop(f"{backend} {kind}", None)
+    if entry is not None:
+        checked[f"{backend} {kind}"] = entry | {"torch": torch.__version__}
+    with replaced_file(RECORD) as file:
+        file.write((json.dumps(built | {"checked": checked}) + "\n").encode())
 
 
 def check_record(record: Path) -> str | None:

@@ -1,4 +1,5 @@
-"""On which kinds of GPU "auto" may take a GPU's kernels: those for which proven.json records a pass of `make gpu`.
+"""On which kinds of GPU "auto" may take a GPU's kernels: those for which proven.json records a pass of `make gpu`, and
+this machine's after a pass of `chargpt info --check`.
 
 A kind is a compute capability. The file is derived from the suite's results (`python -m benchmarks.gpu.proven` writes
 it) and comes with the package, so that an installation needs no results of its own.
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from chargpt.kernels import native
 
 FILE = Path(__file__).with_name("proven.json")
 IMPLEMENTATIONS = ("cuda", "triton")
@@ -31,8 +34,14 @@ def why_not(implementation: str) -> str | None:
     except ValueError as error:
         return str(error)
     here = sorted({torch.cuda.get_device_capability(i) for i in range(count)})
-    missing = [kind for kind in (f"{major}.{minor}" for major, minor in here) if kind not in recorded]
-    return f"no pass of `make gpu` is recorded for compute capability {' and '.join(missing)}" if missing else None
+    kinds = (f"{major}.{minor}" for major, minor in here)
+    missing = [kind for kind in kinds if kind not in recorded and not native.has_passed(implementation, kind)]
+    if not missing:
+        return None
+    return (
+        f"no pass of `make gpu` is recorded for compute capability {' and '.join(missing)}; "
+        "`chargpt info --check` checks them here"
+    )
 
 
 def read(file: Path) -> Record:

@@ -192,7 +192,9 @@ def test_every_gpu_of_the_machine_must_be_of_a_recorded_kind(
     machine: Callable[..., None], gpus: list[tuple[int, int]], missing: str | None
 ) -> None:
     machine(*gpus, content=json.dumps({"cuda": {"9.0": {}, "8.0": {}}, "triton": {}}))
-    sentence = f"no pass of `make gpu` is recorded for compute capability {missing}"
+    sentence = (
+        f"no pass of `make gpu` is recorded for compute capability {missing}; `chargpt info --check` checks them here"
+    )
     assert proven.why_not("cuda") == (None if missing is None else sentence)
     assert (proven.why_not("triton") is None) == (not gpus)
 

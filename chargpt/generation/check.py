@@ -1,0 +1,80 @@
+"""Whether the C++ decoder is right and fast on the CPU at hand: what `chargpt info --check` asks beside the kernels."""
+
+import dataclasses
+import math
+import time
+
+import torch
+
+from chargpt.config import SampleConfig, TransformerConfig
+from chargpt.generation.native import PRECISIONS, NativeDecoder
+from chargpt.generation.sampler import stream_tokens
+from chargpt.kernels.check import Finding
+from chargpt.models import Transformer
+
+ALLOWED = {"fp32": 1e-4, "bf16": 0.02, "int8": 0.06}  # error of the logits, relative to their size
+TOKENS = 48  # that are decoded, and timed
+ROUNDS = 5  # of timing
+VOCABULARY = 65
+GPT = TransformerConfig(block_size=64, n_layer=2, n_embd=96, n_head=3, bias=True)
+MODERN = dataclasses.replace(
+    GPT,
+    n_head=6,
+    n_kv_head=2,
+    norm="rmsnorm",
+    position="rotary",
+    mlp="relu2",
+    qk_norm=True,
+    bigram_embeddings=True,
+    value_embeddings=True,
+    logit_softcap=15.0,
+    bias=False,
+)
+
+
+def check() -> Finding:
+    """Logits of two small models in every precision against torch's in float64, and int8's speed against torch's."""
+    problems = []
+    for config in (GPT, MODERN):
+        model = _model(config)
+        tokens = torch.randint(VOCABULARY, (config.block_size,), generator=torch.Generator().manual_seed(1)).tolist()
+        with torch.no_grad():
+            truth = _model(config).double()
+            expected = truth.logits(truth.hidden(torch.tensor([tokens])))[0]  # (T, V)
+        for precision in PRECISIONS:
+            decoder = NativeDecoder(model, 1, precision)
+            decoder.begin([tokens[:TOKENS]])  # read at once, and the rest one by one
+            got = [decoder.read()[0]]
+            for token in tokens[TOKENS:]:
+                decoder.append([token])
+                got.append(decoder.read()[0])
+            missed = torch.stack(got).double() - expected[TOKENS - 1 :]
+            error = (missed.square().mean() / expected[TOKENS - 1 :].square().mean()).sqrt().item()
+            if not error <= ALLOWED[precision]:
+                problems.append(f"{precision} with {config.norm}: an error of {error:.2g} of the logits' size")
+    return Finding(2 * len(PRECISIONS), problems, _speed(_model(GPT)))
+
+
+def _model(config: TransformerConfig) -> Transformer:
+    torch.manual_seed(0)
+    model = Transformer(config, VOCABULARY, backend="torch").eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(torch.randn(weight.shape) * 0.1)  # embeddings that begin at zero would hide theirs
+    return model
+
+
+def _speed(model: Transformer) -> float:
+    """Of the least times, in turns, so that other work on the machine does not decide."""
+    config, least = SampleConfig(max_new_tokens=TOKENS, seed=1), [math.inf, math.inf]
+    decoder = NativeDecoder(model, 1, "int8")
+    for _ in range(ROUNDS):
+        begin = time.perf_counter()
+        for _ in stream_tokens(model, torch.zeros(1, 1, dtype=torch.int64), config):
+            pass
+        middle = time.perf_counter()
+        decoder.begin([[0]], config)
+        for _ in decoder.generate(TOKENS):
+            pass
+        least = [min(least[0], middle - begin), min(least[1], time.perf_counter() - middle)]
+    return least[0] / least[1]
