@@ -30,12 +30,13 @@ AttentionResult attention_forward(const Tensor& q, const Tensor& k, const Tensor
 std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& out_gradient, const Tensor& lse_gradient,
                                                       const Tensor& q, const Tensor& k, const Tensor& v,
                                                       const Tensor& out, const Tensor& lse,
-                                                      const AttentionOptions& options) {
+                                                      const AttentionOptions& options, bool side_by_side) {
   const Tensor Q = with_whole_rows(q), K = with_whole_rows(k), V = with_whole_rows(v);
   const Tensor dO = with_whole_rows(out_gradient.defined() ? out_gradient : at::zeros_like(out));
   const Tensor dlse = lse_gradient.defined() ? lse_gradient.contiguous() : lse_gradient;
-  const Tensor dq = empty_by_time(q), dk = empty_by_time(k), dv = empty_by_time(v), O = with_whole_rows(out);
-  const Tensor row_lse = lse.contiguous();
+  const Tensor O = with_whole_rows(out), row_lse = lse.contiguous();
+  const auto [dq, dk, dv] = side_by_side ? empty_side_by_side(q, k, v)
+                                         : std::tuple(empty_by_time(q), empty_by_time(k), empty_by_time(v));
   const bool done = cpu::attention_backward(
       dtype_of(q.scalar_type()), shape_of(q, k), options, view(dO), view(Q), view(K), view(V), view(O), row_lse.const_data_ptr(),
       dlse.defined() ? dlse.const_data_ptr() : nullptr, mutable_view(dq), mutable_view(dk), mutable_view(dv),
@@ -80,7 +81,7 @@ class AttentionNode : public torch::autograd::Function<AttentionNode> {
                                             saved[2], saved[3], saved[4], scale, dropout_p, window, seed);
     } else {
       inputs = attention_backward(gradients[0], gradients[1], saved[0], saved[1], saved[2], saved[3], saved[4],
-                                  attention_options(scale, dropout_p, window, seed));
+                                  attention_options(scale, dropout_p, window, seed), true);
     }
     auto& [dq, dk, dv] = inputs;
     return {dq, dk, dv, Tensor(), Tensor(), Tensor(), Tensor()};
@@ -107,13 +108,14 @@ std::tuple<Tensor, Tensor> causal_attention_forward(const Tensor& q, const Tenso
   return {result.out, result.lse};
 }
 
+// Each in memory of its own, because the results of an operator may not share any.
 std::tuple<Tensor, Tensor, Tensor> causal_attention_backward(
     const std::optional<Tensor>& out_gradient, const std::optional<Tensor>& lse_gradient, const Tensor& q,
     const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse, double scale, double dropout_p,
     std::optional<int64_t> window, const std::optional<Tensor>& seed) {
   const py::gil_scoped_release nogil;
   return attention_backward(or_undefined(out_gradient), or_undefined(lse_gradient), q, k, v, out, lse,
-                            attention_options(scale, dropout_p, window, seed));
+                            attention_options(scale, dropout_p, window, seed), false);
 }
 
 }  // namespace

@@ -25,7 +25,6 @@ Tensor angles(const Tensor& table, at::ScalarType type) {
   return table.defined() ? table.to(computing_type(type)).contiguous() : table;
 }
 
-
 cpu::QkvHeads heads_of(const HeadOptions& options, at::ScalarType type, at::ScalarType value_type, int64_t T, int64_t D,
                        const Tensor& cos, const Tensor& sin) {
   return {.type = dtype_of(type),
@@ -64,7 +63,6 @@ variable_list split_heads(const Tensor& qkv, const Tensor& value_rows, const Ten
   for_rows(B * T, qkv.size(2), [&](int64_t begin, int64_t end) { cpu::qkv_heads(heads, call, begin, end); });
   return {q, k, v};
 }
-
 
 // dqkv, and the gradient of the value rows where value_type is given. One of dq, dk and dv is defined; qkv is, where
 // there is a norm.
@@ -117,6 +115,10 @@ class QkvHeadsNode : public torch::autograd::Function<QkvHeadsNode> {
     const auto saved = context->get_saved_variables();
     const Tensor &qkv = saved[0], &cos = saved[1], &sin = saved[2];
     if (!needs_operators(dq, dk, dv)) {
+      const bool only_split = !options.norm && !cos.defined() && !value_type;
+      if (const Tensor dqkv = only_split ? joined(dq, dk, dv) : Tensor(); dqkv.defined()) {
+        return {dqkv, Tensor(), Tensor(), Tensor(), Tensor()};
+      }
       const auto [dqkv, dvalue_rows] = join_heads(dq, dk, dv, qkv, cos, sin, options, value_type);
       return {dqkv, dvalue_rows, Tensor(), Tensor(), Tensor()};
     }

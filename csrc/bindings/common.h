@@ -14,6 +14,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <tuple>
 
 #include "../common/attention.h"
 #include "../common/cross_entropy.h"
@@ -87,6 +88,29 @@ inline Tensor empty_by_time(int64_t B, int64_t heads, int64_t T, int64_t D, cons
 }
 inline Tensor empty_by_time(const Tensor& x) {
   return empty_by_time(x.size(0), x.size(1), x.size(2), x.size(3), x.options());
+}
+
+// Memory for the gradients of q, k and v: that of one packed projection (B, T, (H + 2 H_kv) D) where they are of as many
+// positions, so that qkv_heads hands it on as it is when it did nothing but split.
+inline std::tuple<Tensor, Tensor, Tensor> empty_side_by_side(const Tensor& q, const Tensor& k, const Tensor& v) {
+  const int64_t B = q.size(0), H = q.size(1), T = q.size(2), D = q.size(3), H_kv = k.size(1);
+  if (k.size(2) != T) return {empty_by_time(q), empty_by_time(k), empty_by_time(v)};
+  const Tensor all = empty_by_time(B, H + 2 * H_kv, T, D, q.options());
+  return {all.narrow(1, 0, H), all.narrow(1, H, H_kv), all.narrow(1, H + H_kv, H_kv)};
+}
+
+// What three such gradients lie in; undefined where they do not lie so.
+inline Tensor joined(const Tensor& dq, const Tensor& dk, const Tensor& dv) {
+  if (!dq.defined() || !dk.defined() || !dv.defined()) return Tensor();
+  const int64_t B = dq.size(0), H = dq.size(1), T = dq.size(2), D = dq.size(3), H_kv = dk.size(1);
+  const int64_t width = (H + 2 * H_kv) * D, first = dq.storage_offset();
+  const auto lies = [&](const Tensor& x, int64_t heads_before) {
+    return x.is_alias_of(dq) && x.scalar_type() == dq.scalar_type() &&
+           x.strides() == at::IntArrayRef{T * width, D, width, 1} &&
+           x.storage_offset() == first + heads_before * D;
+  };
+  if (!lies(dq, 0) || !lies(dk, H) || !lies(dv, H + H_kv)) return Tensor();
+  return dq.as_strided({B, T, width}, {T * width, width, 1}, first);
 }
 
 inline AttentionShape shape_of(const Tensor& q, const Tensor& k) {

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from chargpt.kernels import activation, add_norm, qkv_heads
+from chargpt.kernels import activation, add_norm, causal_attention, qkv_heads
 from chargpt.kernels.philox import row_keep_mask
 
 from .cases import DRAWS, _seed, assert_as_right_as_torch, implementations, naive_keep
@@ -570,6 +570,58 @@ def test_threads_change_no_bit(impl: str, case: Case, dtype: torch.dtype) -> Non
         torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_dropout_keeps_what_is_drawn_at_its_very_threshold(impl: str) -> None:
+    """One draw of 65,536 is; it was not among those of the small cases."""
+    rows, channels, p = 600, 1000, 0.25
+    keep, fewer = (
+        row_keep_mask(torch.tensor(drawn_seed()), threshold, rows, channels) for threshold in (p, p + 2**-16)
+    )
+    assert 1 <= (keep != fewer).sum() < 40
+    torch.manual_seed(SEED)
+    got, _ = add_norm(None, torch.ones(rows, channels), norm="none", dropout_p=p, impl=impl)
+    assert torch.equal(got != 0, keep)
+
+
+@pytest.mark.skipif("cpp" not in IMPLEMENTATIONS, reason="no native module")
+@pytest.mark.parametrize(("H", "H_kv", "T", "D"), [(4, 4, 64, 32), (6, 2, 33, 17), (1, 1, 1, 1)])
+def test_attention_writes_the_gradient_of_a_packed_projection(H: int, H_kv: int, T: int, D: int) -> None:
+    """Heads that were only split need no copy to be joined, and bits are those of copies."""
+    found = {}
+    for impl in ("cpp", "torch"):
+        qkv = draw("packed", 0, 2, T, (H + 2 * H_kv) * D).requires_grad_()
+        q, k, v = qkv_heads(qkv, n_head=H, n_kv_head=H_kv, qk_norm=False, impl=impl)
+        seen: list[Tensor] = []
+        q.register_hook(seen.append)
+        out = causal_attention(q, k, v, impl="cpp")
+        out.backward(draw("upstream", 0, *out.shape))
+        assert qkv.grad is not None
+        found[impl] = qkv.grad
+        shared = qkv.grad.untyped_storage().data_ptr() == seen[0].untyped_storage().data_ptr()
+        assert shared == (impl == "cpp")
+    assert torch.equal(found["cpp"], found["torch"])
+
+
+@pytest.mark.skipif("cpp" not in IMPLEMENTATIONS, reason="no native module")
+@pytest.mark.parametrize("change", ["other", "in place", "one missing", "shorter queries"])
+def test_gradients_that_lie_otherwise_are_joined_by_copies(change: str) -> None:
+    found = []
+    for impl in ("cpp", "torch"):
+        qkv = draw("packed", 0, 2, 9, 3 * 2 * 8).requires_grad_()
+        q, k, v = qkv_heads(qkv, n_head=2, n_kv_head=2, qk_norm=False, impl=impl)
+        if change == "other":
+            k.register_hook(lambda g: 2 * g)
+        elif change == "in place":
+            k.register_hook(lambda g: g.mul_(2))
+        elif change == "one missing":
+            v = v.detach()
+        else:
+            q = q[:, :, 4:]
+        out = causal_attention(q, k, v, impl="cpp")
+        found.append(torch.autograd.grad(out, qkv, draw("upstream", 0, *out.shape))[0])
+    assert torch.equal(*found)
 
 
 @pytest.mark.skipif("cpp" not in IMPLEMENTATIONS, reason="no native module")

@@ -1,5 +1,8 @@
 """Heads from the packed projection, normalised and rotated: the public function, its reference, and its operators.
 
+In C++ attention writes the gradients of q, k and v side by side, in the order of the projection. Where heads were only
+split, that is the projection's gradient, and nothing is copied.
+
 torch.compile and torch.func get the reference, which they can look into.
 """
 
