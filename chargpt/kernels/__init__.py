@@ -14,13 +14,14 @@ from chargpt.kernels.ops.attention import causal_attention
 from chargpt.kernels.ops.cross_entropy import softmax_cross_entropy
 from chargpt.kernels.ops.linear_cross_entropy import linear_cross_entropy
 from chargpt.kernels.ops.qkv_heads import qkv_heads
-from chargpt.kernels.registry import available_backends, describe_backends, resolve
+from chargpt.kernels.registry import available_backends, by_reference, describe_backends, resolve
 
 __all__ = [
     "activation",
     "add_norm",
     "available_backends",
     "backends",
+    "by_reference",
     "causal_attention",
     "describe_backends",
     "linear_cross_entropy",

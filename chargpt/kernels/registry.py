@@ -100,6 +100,11 @@ def function(operation: str, device_type: str, dtype: torch.dtype, impl: str) ->
     return BACKENDS[choose(operation, device_type, dtype, impl)].functions[operation]
 
 
+def by_reference(operation: str, device_type: str, dtype: torch.dtype, impl: str) -> bool:
+    """Whether the reference computes the operation for such tensors. Raises ConfigError as `resolve` does."""
+    return choose(operation, device_type, dtype, impl) == len(BACKENDS) - 1
+
+
 @assume_constant_result
 def choose(operation: str, device_type: str, dtype: torch.dtype, impl: str) -> int:
     """`resolve` for the hot path: an index into BACKENDS, found once for each combination of arguments.

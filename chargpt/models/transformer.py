@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from chargpt.config import TransformerConfig
-from chargpt.kernels import activation, add_norm, causal_attention, linear_cross_entropy, qkv_heads
+from chargpt.kernels import activation, add_norm, by_reference, causal_attention, linear_cross_entropy, qkv_heads
 from chargpt.models.base import LanguageModel
 from chargpt.models.cache import Cache, LayerCache, TransformerCache
 
@@ -38,9 +38,11 @@ class AddNorm(nn.Module):
         self, x: torch.Tensor | None, branch: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:  # (B, T, C) each
         p = self.dropout if self.training else 0.0
-        if p > 0 and not branch.is_cpu:  # no kernel draws this mask on a GPU: torch's own dropout is one pass
-            branch, p = F.dropout(branch, p), 0.0
         stream = x if self.residual else None
+        if p > 0 and not branch.is_cpu:  # the reference would take some fifty passes for a mask, and torch's own one
+            dtype = branch.dtype if stream is None else stream.dtype
+            if by_reference("add_norm", branch.device.type, dtype, self.backend):
+                branch, p = F.dropout(branch, p), 0.0
         return add_norm(stream, branch, self.weight, self.bias, norm=self.kind, dropout_p=p, impl=self.backend)
 
 

@@ -16,10 +16,11 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from chargpt.kernels import causal_attention, softmax_cross_entropy
-from chargpt.kernels.philox import dropout_keep_mask
+from chargpt.kernels import add_norm, causal_attention, softmax_cross_entropy
+from chargpt.kernels.philox import dropout_keep_mask, row_keep_mask
 from kernels.cases import (
     ATTENTION_CASES,
     CROSS_ENTROPY_CASES,
@@ -28,6 +29,7 @@ from kernels.cases import (
     CrossEntropyCase,
     assert_as_right_as_torch,
     implementations,
+    kept_share,
     torch_attention,
     torch_cross_entropy,
 )
@@ -57,6 +59,39 @@ LARGE_CROSS_ENTROPY_CASES = [
     CrossEntropyCase("rows_70000_V3", shape=(70_000,), V=3),
     *(CrossEntropyCase(f"rows_500_V{V}", shape=(500,), V=V, ignored=0.1) for V in (32_000, 50_257, 50_304, 128_256)),
     CrossEntropyCase("rows_100_V300000", shape=(100,), V=300_000),  # no block holds such a row
+]
+
+
+@dataclass(frozen=True)
+class NormCase:
+    """A branch of N rows and C channels is dropped out, added to the stream, and normalised."""
+
+    N: int
+    C: int
+    norm: str = "layernorm"
+    gains: int = 2  # weight, bias
+    dropout_p: float = 0.0
+
+    def __str__(self) -> str:
+        return f"{self.norm}_{self.N}x{self.C}_gains{self.gains}_p{self.dropout_p}"
+
+    def inputs(self, dtype: torch.dtype, draw: int, device: str) -> list[Tensor]:
+        """x, y, weight, bias, as leaves; the same on every device."""
+        generator = torch.Generator().manual_seed(self.N + 7 * self.C + draw)
+        shapes = [(self.N, self.C), (self.N, self.C), *[(self.C,)] * self.gains]
+        drawn = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+        return [x.to(device, dtype).requires_grad_() for x in drawn]
+
+
+NORM_CASES = [
+    *(NormCase(N, C) for N, C in ((1, 1), (3, 65), (700, 384), (40, 1600), (5, 4096), (3, 5000))),
+    *(
+        NormCase(700, 128, norm, gains)
+        for norm, gains in (("layernorm", 0), ("layernorm", 1), ("rmsnorm", 0), ("rmsnorm", 2))
+    ),
+    *(NormCase(N, C, dropout_p=0.2) for N, C in ((3, 65), (700, 384))),
+    NormCase(70_000, 65, dropout_p=0.5),
+    NormCase(33, 100, "none", 0, 0.9),
 ]
 
 # One case for each path through the kernels, to know within seconds whether they work at all. The CUDA kernels keep a
@@ -112,6 +147,13 @@ def all_checks(device: str, impls: Iterable[str] | None = None, small: bool = Fa
         large = map(_shrink_cross_entropy if small else _same, LARGE_CROSS_ENTROPY_CASES)
         checks += [_cross_entropy_check(impl, dtype, case, device, DRAWS) for case in CROSS_ENTROPY_CASES]
         checks += [_cross_entropy_check(impl, dtype, case, device, [0]) for case in large]
+    for impl, dtype in _under_test("add_norm", device, impls):
+        checks += [
+            _check(
+                str(case), "add_norm", impl, dtype, case.C, norm_problems, _shrink_norm(case) if small else case, device
+            )
+            for case in NORM_CASES
+        ]
     around: dict[str, Callable[..., list[str]]] = {
         "compiles_into_one_graph": compile_problems,
         "trains_as_the_reference": training_problems,
@@ -203,6 +245,10 @@ def _shrink_attention(case: AttentionCase) -> AttentionCase:
     return dataclasses.replace(case, B=min(case.B, 2), T=-(-case.T // 16), S=S)
 
 
+def _shrink_norm(case: NormCase) -> NormCase:
+    return dataclasses.replace(case, N=min(case.N, 100))
+
+
 def _shrink_cross_entropy(case: CrossEntropyCase) -> CrossEntropyCase:
     return dataclasses.replace(case, shape=(case.shape[0] // 100,))
 
@@ -227,10 +273,10 @@ def attention_problems(
             problems.append("a second call gives other bits")
         exact = tuple(x.detach().double().requires_grad_() for x in inputs)
         outputs = causal_attention(*exact, generator=_generator(), return_lse=True, impl="torch", **case.options)
-        truth = (*outputs, *_attention_gradients(outputs, exact))
+        truth = (*outputs, *_gradients_of(outputs, exact))
         plain_out = torch_attention(*inputs, keep=keep, **case.options)[0]
         plain_lse = torch_attention(*(x.float() for x in inputs), **case.options)[1]
-        plain = (plain_out, plain_lse, *_attention_gradients((plain_out, plain_lse), inputs))
+        plain = (plain_out, plain_lse, *_gradients_of((plain_out, plain_lse), inputs))
         for column, triple in zip(triples, zip(got, truth, plain, strict=True), strict=True):
             column.append(tuple(x.detach() for x in triple))
     for name, column in zip(("O", "lse", "dQ", "dK", "dV"), triples, strict=True):
@@ -267,6 +313,52 @@ def cross_entropy_problems(
     return problems + _judged("loss", losses) + _judged("gradient", gradients)
 
 
+# Of the gradients of weight and bias, sums over all rows, whose order is not torch's.
+GAIN_UNITS = 8
+
+
+def norm_problems(impl: str, dtype: torch.dtype, case: NormCase, device: str) -> list[str]:
+    """The sum, its norm and all gradients against the truth, and whether a second call gives the same bits."""
+    options: dict[str, Any] = {"norm": case.norm, "dropout_p": case.dropout_p}
+
+    def results(inputs: list[Tensor], function: Callable[..., tuple[Tensor, Tensor]]) -> tuple[Tensor, ...]:
+        with poisoned_memory():
+            outputs = function(*inputs)
+            return *(x.detach() for x in outputs), *_gradients_of(outputs, tuple(inputs))
+
+    def tested(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+        return add_norm(*inputs, generator=_generator(), impl=impl, **options)
+
+    def exact(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+        return add_norm(*inputs, generator=_generator(), impl="torch", **options)
+
+    def plain(x: Tensor, y: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if case.dropout_p:
+            keep = row_keep_mask(_drawn_seed(), case.dropout_p, case.N, case.C, device)
+            y = torch.where(keep, y / kept_share(case.dropout_p), 0)
+        s = (x + y).to(dtype)
+        if case.norm == "none":
+            return s, s
+        w, b = (None if gain is None else gain.float() for gain in (weight, bias))
+        if case.norm == "layernorm":
+            return s, F.layer_norm(s.float(), (case.C,), w, b).to(dtype)
+        n = F.rms_norm(s.float(), (case.C,), w, 1e-6)
+        return s, (n if b is None else n + b).to(dtype)
+
+    columns, problems = [], []
+    for draw in range(4):
+        inputs = case.inputs(dtype, draw, device)
+        got = results(inputs, tested)
+        if draw == 0 and not _same_bits(got, results(inputs, tested)):
+            problems.append("a second call gives other bits")
+        truth = results([x.detach().double().requires_grad_() for x in inputs], exact)
+        columns.append(list(zip(got, truth, results(inputs, plain), strict=True)))
+    names = ("s", "norm", "dx", "dy", "dweight", "dbias")
+    for name, triples in zip(names, zip(*columns, strict=True), strict=False):
+        problems += _judged(name, list(triples), GAIN_UNITS if name in ("dweight", "dbias") else 1)
+    return problems
+
+
 def _judged(name: str, draws: list[tuple[Tensor, Tensor, Tensor]], units: float = 1) -> list[str]:
     try:
         assert_as_right_as_torch(name, draws, units)
@@ -279,7 +371,7 @@ def _attend(inputs: tuple[Tensor, ...], impl: str, options: dict[str, Any]) -> t
     """O, lse, dQ, dK and dV, from memory full of NaN, so that an element that nothing wrote is found."""
     with poisoned_memory():
         outputs = causal_attention(*inputs, generator=_generator(), return_lse=True, impl=impl, **options)
-        return *(x.detach() for x in outputs), *_attention_gradients(outputs, inputs)
+        return *(x.detach() for x in outputs), *_gradients_of(outputs, inputs)
 
 
 def _loss(logits: Tensor, targets: Tensor, impl: str, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -288,7 +380,7 @@ def _loss(logits: Tensor, targets: Tensor, impl: str, options: dict[str, Any]) -
         return loss.detach(), _loss_gradient(loss, logits)
 
 
-def _attention_gradients(outputs: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _gradients_of(outputs: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Of fixed random linear functions of O and lse, so that both contribute."""
     weights = torch.Generator().manual_seed(7)
     upstream = [torch.randn(x.shape, generator=weights, dtype=torch.float64).to(x) for x in outputs]
@@ -405,7 +497,7 @@ def compile_problems(impl: str, dtype: torch.dtype, device: str) -> list[str]:
     compiled_attend, compiled_lose = (torch.compile(f, fullgraph=True, backend="aot_eager") for f in (attend, lose))
     problems = []
     got, eager = compiled_attend(q, k, v), attend(q, k, v)
-    grads = (_attention_gradients(outputs, (q, k, v)) for outputs in (got, eager))
+    grads = (_gradients_of(outputs, (q, k, v)) for outputs in (got, eager))
     for name, x, y in zip(("O", "lse", "dQ", "dK", "dV"), (*got, *next(grads)), (*eager, *next(grads)), strict=True):
         problems += _close(f"compiled {name}", x, y)
     loss, eager_loss = compiled_lose(logits, targets), lose(logits, targets)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from chargpt.kernels import registry
+from chargpt.kernels.ops.add_norm import reference as reference_add_norm
 from chargpt.kernels.ops.attention import reference as reference_attention
 from chargpt.kernels.ops.cross_entropy import reference as reference_cross_entropy
 from kernels.cases import ATTENTION_CASES, CROSS_ENTROPY_CASES
@@ -72,6 +73,8 @@ def test_right_kernels_have_no_problems(impl: str) -> None:
         "some_ignored",
         "sliced",
         "dropout_mask_T37_S101_D128_p0.9",
+        "layernorm_3x65_gains2_p0.2",
+        "rmsnorm_700x128_gains2_p0.0",
     )
     chosen = [check for check in all_checks("cpu", [impl], small=True) if check.name in wanted]
     assert len(chosen) >= 2 * len(wanted) or impl not in {check.impl for check in all_checks("cpu", small=True)}
@@ -86,6 +89,19 @@ def test_a_wrong_gradient_is_named(break_torch: Callable[..., None]) -> None:
     problems = attention_problems("torch", torch.bfloat16, PACKED, "cpu")
     assert any(problem.startswith("dK") for problem in problems)
     assert not any(problem.startswith(("O", "lse", "dQ")) for problem in problems)
+
+
+@pytest.mark.parametrize("name", ["dx", "dweight", "dbias"])
+def test_a_wrong_gradient_of_a_norm_is_named(break_torch: Callable[..., None], name: str) -> None:
+    def add(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, **options: Any) -> Any:
+        given = {"dx": x, "dweight": weight, "dbias": bias}
+        given[name] = given[name] + 0.01 * (given[name] - given[name].detach())  # the same value
+        return reference_add_norm(given["dx"], y, given["dweight"], given["dbias"], **options)
+
+    break_torch(add_norm=add)
+    case = next(case for case in checks.NORM_CASES if case.dropout_p and case.gains)
+    problems = checks.norm_problems("torch", torch.float32, case, "cpu")
+    assert [problem.split()[0].rstrip(":") for problem in problems] == [name]
 
 
 def test_a_value_that_was_never_written_is_found(break_torch: Callable[..., None]) -> None:

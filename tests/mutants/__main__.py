@@ -80,7 +80,12 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="only say what was found so far")
     options = parser.parse_args()
     chosen = [*native(), *sample(options.number, options.seed)]
-    done = {mutant for mutant, entry in known().items() if entry["outcome"] != "survived" or entry["tests"] == digest()}
+    found, same, without_effect = known(), digest(), excused()
+    done = {
+        mutant
+        for mutant, entry in found.items()
+        if entry["outcome"] != "survived" or entry["tests"] == same or changed(mutant, found) in without_effect
+    }
     waiting: queue.SimpleQueue[tuple[Mutant, str]] = queue.SimpleQueue()
     for mutant, code in sorted(chosen, key=lambda one: "/triton/" in one[0].path):  # whose tests take the longest
         if mutant not in done:
@@ -439,13 +444,10 @@ def known() -> dict[Mutant, dict[str, str]]:
 
 
 def tell(chosen: list[Mutant], found: dict[Mutant, dict[str, str]]) -> None:
-    excused = set()
-    if EQUIVALENT.exists():
-        lines = EQUIVALENT.read_text(encoding="utf-8").splitlines()
-        excused = {line for line in lines if line and not line.startswith("#")}
+    without_effect = excused()
     tried = [mutant for mutant in chosen if mutant in found]
     survivors = [mutant for mutant in tried if found[mutant]["outcome"] == "survived"]
-    equivalent = {mutant for mutant in survivors if changed(mutant, found) in excused}
+    equivalent = {mutant for mutant in survivors if changed(mutant, found) in without_effect}
     counted = [mutant for mutant in tried if mutant not in equivalent]
     outcomes = Counter(found[mutant]["outcome"] for mutant in counted)
     for mutant in survivors:
@@ -456,6 +458,12 @@ def tell(chosen: list[Mutant], found: dict[Mutant, dict[str, str]]) -> None:
     if total:
         low, high = wilson(noticed, total)
         print(f"noticed: {noticed / total:.1%}, with 95% confidence between {low:.1%} and {high:.1%}")
+
+
+def excused() -> set[str]:
+    """The changes that change nothing anybody could see."""
+    lines = EQUIVALENT.read_text(encoding="utf-8").splitlines()
+    return {line for line in lines if line and not line.startswith("#")}
 
 
 def changed(mutant: Mutant, found: dict[Mutant, dict[str, str]]) -> str:

@@ -44,7 +44,7 @@ def add_norm(
         by 1 / (1 − p)
     generator: what dropout draws its 64-bit seed from, as for `causal_attention`; the mask is a function of that seed,
         of the row and of the channel (`philox.row_keep_mask`). Nothing is drawn when dropout_p is 0.
-    impl: "auto", or the name of an implementation; "cuda" and "triton" have no such kernel and mean the reference
+    impl: "auto", or the name of an implementation; "cuda" has no such kernel and means the reference
     returns: s in the dtype of x; the norm, computed in float32 (float64 for float64), in the autocast region's dtype
         where there is one and x is not float64, else in the dtype of x
 

@@ -17,8 +17,9 @@ import triton
 import triton.language as tl
 from triton import Config
 
-from chargpt.kernels.philox import dropout_keep_mask, philox_4x32
-from chargpt.kernels.backends.triton import attention, cross_entropy, problem
+from chargpt.kernels.ops.add_norm import NORMS, normalised
+from chargpt.kernels.philox import dropout_keep_mask, philox_4x32, row_keep_mask
+from chargpt.kernels.backends.triton import add_norm, attention, cross_entropy, problem
 from chargpt.kernels.backends.triton.numerics import narrow
 from chargpt.kernels.backends.triton.philox import ROUNDS, keep_tile
 
@@ -201,6 +202,66 @@ def test_cross_entropy_s_counts_are_exact_up_to_two_to_the_31(counts: list[int],
     """Partial counts, as nothing here holds so many targets. 2²⁴ + 1 is no float32, but 1 over it has a nearest one."""
     one_over = cross_entropy._one_over_count(torch.tensor(counts), -100, are_counts=True)
     assert torch.equal(one_over, torch.tensor(1 / total))
+
+
+# Rows: one, fewer than a tile, several shares, the last one empty. Channels: one, odd, a whole block, beyond one.
+@pytest.mark.parametrize(("N", "C"), [(1, 1), (5, 3), (40, 65), (129, 16), (7, 384), (3, 1000), (2, 2049)])
+@pytest.mark.parametrize(
+    ("kind", "gains"), [("layernorm", 2), ("layernorm", 1), ("layernorm", 0), ("rmsnorm", 2), ("rmsnorm", 0)]
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_norms_lose_no_more_than_torch(
+    N: int, C: int, kind: str, gains: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(add_norm, "SHARES", 3)
+    norm, columns = NORMS.index(kind), []
+    for draw in range(4):
+        generator = torch.Generator().manual_seed(draw)
+        x, dy, *weights = (
+            torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+            for shape in ((N, C), (N, C), *[(C,)] * gains)
+        )
+        weight, bias = [*weights, None, None][:2]
+        out, statistics = add_norm.norm_forward(3 * x + 1, weight, bias, norm, dtype)
+        ours = out, *add_norm.norm_backward(dy, 3 * x + 1, weight, bias, statistics, norm)[: 1 + gains]
+        found = [ours]
+        for wide in (torch.float64, dtype):  # the reference computes in float32 for the second, and rounds
+            leaves = [given.to(wide).requires_grad_() for given in ((3 * x + 1), *weights)]
+            y = normalised(leaves[0], *[*leaves[1:], None, None][:2], kind, wide)
+            found.append((y.detach(), *torch.autograd.grad(y, leaves, dy.to(wide))))
+        columns.append(list(zip(*found, strict=True)))
+    for name, triples in zip(("norm", "dx", "dweight", "dbias"), zip(*columns, strict=True), strict=False):
+        # NumPy adds the rows one by one where a GPU adds them in pairs.
+        assert_as_right_as_torch(name, list(triples), 8 if name in ("dweight", "dbias") else 1)
+
+
+def test_norms_give_the_same_bits_twice_and_take_any_strides() -> None:
+    x, dy = (torch.randn(33, 130, generator=torch.Generator().manual_seed(i))[:, ::2] for i in (1, 2))
+    weight = torch.randn(130)[::2]
+    first, second, other = (
+        (out, *add_norm.norm_backward(dy, given, weight, weight, statistics, 1))
+        for given in (x, x, x.contiguous())
+        for out, statistics in [add_norm.norm_forward(given, weight, weight, 1, torch.float32)]
+    )
+    for a, b, c in zip(first, second, other, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a, c)
+
+
+def test_what_has_no_gains_gets_no_gradients_of_them() -> None:
+    x = torch.randn(3, 8)
+    _, statistics = add_norm.norm_forward(x, None, None, 2, torch.float32)
+    assert [g.shape for g in add_norm.norm_backward(x, x, None, None, statistics, 2)] == [(3, 8), (0,), (0,)]
+
+
+@pytest.mark.parametrize(("N", "C"), [(1, 1), (3, 7), (70, 50), (9, 300)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dropout_between_layers_is_the_reference_s(N: int, C: int, dtype: torch.dtype) -> None:
+    x = torch.randn(N, C).to(dtype)
+    for seed, p in ((SEED, 0.25), (2**62 + 3, 0.875), (-1, 0.5)):
+        keep = row_keep_mask(torch.tensor(seed), p, N, C)
+        expected = torch.where(keep, x.float() / (1 - p), 0.0).to(dtype)
+        torch.testing.assert_close(add_norm.row_dropout(x, p, torch.tensor(seed)), expected, rtol=1e-6, atol=0)
 
 
 @triton.jit

@@ -25,12 +25,15 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime.driver import driver  # noqa: E402
 
-from chargpt.kernels.backends.triton import attention, cross_entropy  # noqa: E402
+from chargpt.kernels.backends.triton import add_norm, attention, cross_entropy  # noqa: E402
+from chargpt.kernels.backends.triton.backend import LONGEST_ROW  # noqa: E402
+from chargpt.kernels.ops.add_norm import NORMS  # noqa: E402
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10}  # bytes for one block
 ATTENTION_KERNELS = ["forward_kernel", "delta_kernel", "key_gradients_kernel", "query_gradients_kernel"]
 CROSS_ENTROPY_KERNELS = ["whole_rows_kernel", "long_rows_kernel", "count_kernel", "sum_kernel", "scale_kernel"]
+NORM_KERNELS = ["norm_kernel", "norm_backward_kernel", "add_parts_kernel", "row_dropout_kernel"]
 
 
 class NoGPU:
@@ -73,7 +76,8 @@ class Compiled:
 def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Launch]]:
     """Fills with what calls would have launched."""
     launches: list[Launch] = []
-    for module, names in ((attention, ATTENTION_KERNELS), (cross_entropy, CROSS_ENTROPY_KERNELS)):
+    listed = (attention, ATTENTION_KERNELS), (cross_entropy, CROSS_ENTROPY_KERNELS), (add_norm, NORM_KERNELS)
+    for module, names in listed:
         for name in names:
             monkeypatch.setattr(module, name, Compiled(getattr(module, name), launches))
     before = driver._active
@@ -178,6 +182,32 @@ def test_cross_entropy_compiles_within_its_means(
         for ptx in (launch.kernel.asm["ptx"] for launch in compiled if launch.name == "long_rows_kernel"):
             assert re.search(r"ld\.global(\.\w+)*\.v4\.b32", ptx)
             assert re.search(r"st\.global(\.\w+)*\.v4\.b32", ptx)
+
+
+@pytest.mark.parametrize(
+    ("C", "dtype", "gains"),
+    [(384, torch.bfloat16, 1)]
+    + [
+        pytest.param(C, dtype, gains, marks=pytest.mark.slow)
+        for C in (1, 65, 384, 768, 1600, LONGEST_ROW)
+        for dtype in (torch.bfloat16, torch.float32)
+        for gains in (0, 2)
+    ],
+    ids=str,
+)
+def test_norms_and_their_dropout_compile_within_their_means(
+    compiled: list[Launch], tmp_path: Path, C: int, dtype: torch.dtype, gains: int
+) -> None:
+    """The stream is in float32, the norm in the dtype of the autocast region."""
+    x = torch.empty(16_384, C, device="meta")
+    weight, bias = [*(torch.empty(C, device="meta") for _ in range(gains)), None, None][:2]
+    for kind in ("layernorm", "rmsnorm"):
+        norm = NORMS.index(kind)
+        out, statistics = add_norm.norm_forward(x, weight, bias, norm, dtype)
+        add_norm.norm_backward(out, x, weight, bias, statistics, norm)
+    add_norm.row_dropout(x, 0.25, SEED)
+    assert {launch.name for launch in compiled} == {*NORM_KERNELS} - (set() if gains else {"add_parts_kernel"})
+    check(compiled, tmp_path)
 
 
 @pytest.mark.slow

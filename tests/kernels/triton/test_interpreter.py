@@ -21,9 +21,10 @@ LONG = [pytest.mark.slow, pytest.mark.timeout(3 * 3600)]
 @pytest.mark.parametrize(
     "chosen",
     [
-        "not attention and not cross_entropy",
+        "not attention and not cross_entropy and not norms_lose",
         pytest.param("attention", marks=LONG),
         pytest.param("cross_entropy", marks=LONG),
+        pytest.param("norms_lose", marks=LONG),
     ],
 )
 def test_interpreted(chosen: str) -> None:

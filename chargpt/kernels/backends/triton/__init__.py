@@ -1,8 +1,8 @@
-"""Both operations as Triton kernels for NVIDIA GPUs. Nothing here is imported before a backend asks for it.
+"""Operations as Triton kernels for NVIDIA GPUs. Nothing here is imported before a backend asks for it.
 
-attention.py and cross_entropy.py each hold kernels and the functions that allocate, choose block sizes and launch;
-philox.py and numerics.py are what they share, and backend.py makes operators of them. This file only answers whether
-they can run.
+attention.py, cross_entropy.py and add_norm.py each hold kernels and the functions that allocate, choose block sizes and
+launch; philox.py and numerics.py are what they share, and backend.py makes operators of them. This file only answers
+whether they can run.
 """
 
 import importlib.util
