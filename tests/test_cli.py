@@ -536,7 +536,9 @@ def test_eval_of_data_with_other_ids_is_one_sentence(chargpt: Chargpt, trained: 
     assert chargpt("eval", "runs/my")[0] == 2
 
 
-@pytest.mark.parametrize("name", ["caf\udce9", "a b", "%41?#", "'\"", "\n", "ä"])
+@pytest.mark.parametrize(
+    "name", ["caf\udce9", "%41 ?#", *(pytest.param(name, marks=pytest.mark.slow) for name in ("'\"", "\n", "ä"))]
+)
 def test_a_text_and_a_run_may_have_any_name(name: str, chargpt: Chargpt, tmp_path: Path) -> None:
     Path(f"{name}.txt").write_text(runs.words(), encoding="utf-8")
     code, _, err = chargpt("train", f"{name}.txt", *TINY)
@@ -651,7 +653,7 @@ def one_error(err: str) -> str:
     return lines[0]
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("name", ["SIGINT", pytest.param("SIGTERM", marks=pytest.mark.slow)])
 def test_a_signal_to_the_command_saves_and_the_same_command_finishes(name: str, tmp_path: Path) -> None:
     (tmp_path / "my.txt").write_text(runs.words(), encoding="utf-8")
     arguments = ["train", "my.txt", *TINY, "--set", "max_steps=4000", "--set", "eval_interval=4000"]

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 import importlib
 import inspect
 import pkgutil
@@ -47,6 +48,7 @@ def imported(file: Path) -> set[str]:
     return names - {"__version__"}
 
 
+@functools.cache
 def arrows() -> dict[str, set[str]]:
     """For each room those that it imports."""
     found: dict[str, set[str]] = {}

@@ -177,8 +177,11 @@ def test_going_on_under_another_config_shows_every_difference(
 @pytest.mark.parametrize(
     "where",
     [
-        *("chargpt.text.read_text", "chargpt.tokenizers.build_tokenizer", "chargpt.data.split_tokens"),
-        *("chargpt.training.trainer.resolve_runtime", "chargpt.experiment.evaluate"),
+        "chargpt.text.read_text",
+        "chargpt.training.trainer.resolve_runtime",
+        pytest.param("chargpt.tokenizers.build_tokenizer", marks=pytest.mark.slow),
+        pytest.param("chargpt.data.split_tokens", marks=pytest.mark.slow),
+        pytest.param("chargpt.experiment.evaluate", marks=pytest.mark.slow),
     ],
 )
 def test_ctrl_c_anywhere_is_one_line_and_the_same_command_finishes(

@@ -143,6 +143,7 @@ def test_other_results_under_torch_compile_are_found(break_torch: Callable[..., 
     assert any("compiled O" in problem for problem in checks.compile_problems("torch", torch.float32, "cpu"))
 
 
+@pytest.mark.slow
 def test_a_model_that_trains_differently_is_found(break_torch: Callable[..., None]) -> None:
     """In float32, so it is the losses of the reference that break here, and those of the kernels that stay."""
 
@@ -157,6 +158,7 @@ def test_a_model_that_trains_differently_is_found(break_torch: Callable[..., Non
     assert "losses differ by" in checks.training_problems(impl, torch.bfloat16, "cpu")[0]
 
 
+@pytest.mark.slow
 def test_a_compiled_step_is_compared_with_the_eager_one(
     monkeypatch: pytest.MonkeyPatch, break_torch: Callable[..., None]
 ) -> None:

@@ -18,9 +18,8 @@ DECODER = "(rounded_matrices or held_window and None or bits_depend and not long
 
 
 @pytest.mark.skipif("cpp" not in implementations("causal_attention"), reason="the native module is not here")
-@pytest.mark.parametrize(
-    "isa", ["avx2", *(pytest.param(isa, marks=pytest.mark.slow) for isa in ("plain", "avx512", "avx512_bf16"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", ["avx2", "plain", "avx512", "avx512_bf16"])
 def test_lower_code_paths_pass_the_numerical_tests(isa: str) -> None:
     """In another process, since the path is chosen once. The best path runs in this one."""
     chosen = f"cpp and ({NUMERICAL}) and (not test_attention or {SOME}) or {DECODER}"

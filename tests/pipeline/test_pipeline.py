@@ -198,6 +198,7 @@ def test_a_second_repro_runs_no_stage(project: Path) -> None:
     assert stages_run(dvc(project, "repro")) == set()
 
 
+@pytest.mark.slow
 def test_editing_one_variant_reruns_it_alone_and_what_depends_on_it(project: Path) -> None:
     raw = params()
     raw["variants"]["bigram"]["max_steps"] = 40
@@ -215,6 +216,7 @@ def test_editing_one_variant_reruns_it_alone_and_what_depends_on_it(project: Pat
     assert stages_run(dvc(project, "repro")) <= {"compare"}
 
 
+@pytest.mark.slow
 def test_an_interrupted_stage_goes_on_under_its_own_mlflow_run(project: Path) -> None:
     raw = params()
     raw["variants"]["slow"] = raw["variants"]["nanogpt-cpu"] | {"max_steps": 600, "eval_interval": 50}

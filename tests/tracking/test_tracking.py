@@ -492,6 +492,7 @@ assert "mlflow" not in sys.modules
     assert process.returncode == 0
 
 
+@pytest.mark.slow
 def test_several_processes_open_a_new_store_at_once_and_quietly(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
