@@ -15,8 +15,9 @@
 //                  thread asks for its chunks of the next row as soon as it has used those of this one, so reading goes
 //                  on while the gradient is written. V = 50257 takes 98 KiB in bfloat16, two blocks on a multiprocessor
 //                  of an H100 (228 KiB), and 196 KiB in float32, one.
-//   what does not  long_rows, not resident: nowhere. The second sweep reads the row again, from the L2 cache as far as
-//   fit there      it goes: at V = 128256 in bfloat16, 132 rows of 257 KB. Without a gradient there is one sweep.
+//   what does not  the same with as much of the row as fits, where that is half of it at least: at V = 128256 in
+//   fit there      bfloat16 nine tenths of 250 KiB. The second sweep reads the rest again, most likely from the L2 cache.
+//                  Longer rows are kept nowhere (long_rows, not resident). Without a gradient there is one sweep.
 // The backward that gets the sums is one sweep over the row in any layout. Means divide by the number of rows that are
 // not ignored, which are counted first; losses are added at the end: nobody waits for the GPU. Of many rows each block
 // takes a span, and one more block adds up what these blocks found.
@@ -88,11 +89,11 @@ __global__ void __launch_bounds__(kShortThreads) short_rows(const LossProblem<T>
   }
 }
 
-// A block for a row, kResident: kept in shared memory, chunk c at held[c], where its thread alone looks. So no barrier
-// is needed before the thread, which has the values in registers by then, asks for the next row's chunk in their place.
+// A block for a row, kResident: its first `room` chunks are kept in shared memory, chunk c at held[c], where its thread
+// alone looks. So no barrier is needed before the thread, which has the values in registers by then, asks for the next row's chunk in their place.
 // budget: long_rows registers<=64 shared<=0
 template <class T, bool kResident>
-__global__ void __launch_bounds__(kMostThreads) long_rows(const LossProblem<T> problem) {
+__global__ void __launch_bounds__(kMostThreads) long_rows(const LossProblem<T> problem, int room) {
   Sums* scratch = reinterpret_cast<Sums*>(dynamic_shared());  // (2, kWarp)
   uint4* const held = reinterpret_cast<uint4*>(dynamic_shared() + kScratchBytes);
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
@@ -104,7 +105,7 @@ __global__ void __launch_bounds__(kMostThreads) long_rows(const LossProblem<T> p
   int target = target_of(blockIdx.x);
   Row<T> row = row_of(blockIdx.x, target);
   if (kResident) {
-    for (int c = thread; c < row.chunks; c += threads) cp_async_16(held + c, row.chunk(c), true);
+    for (int c = thread; c < min(row.chunks, room); c += threads) cp_async_16(held + c, row.chunk(c), true);
     cp_async_commit();
   }
   for (int64_t i = blockIdx.x, next = i + gridDim.x; i < problem.N; i = next, next += gridDim.x) {
@@ -117,7 +118,7 @@ __global__ void __launch_bounds__(kMostThreads) long_rows(const LossProblem<T> p
     if (kResident) cp_async_wait<0>();
 #pragma unroll 4
     for (int c = thread; c < row.chunks; c += threads) {
-      add_chunk(sums, problem, kResident ? held[c] : __ldg(row.chunk(c)), pivot);
+      add_chunk(sums, problem, kResident && c < room ? held[c] : __ldg(row.chunk(c)), pivot);
     }
     if (thread < row.edges) add_edge(sums, problem, edge, pivot);
     sums = reduce_block(sums, no_sums(), scratch, Merge{});
@@ -130,8 +131,9 @@ __global__ void __launch_bounds__(kMostThreads) long_rows(const LossProblem<T> p
       if (thread < row.edges) gradient.put_edge(row.edge_at(thread), edge);
 #pragma unroll 4
       for (int c = thread; c < max(row.chunks, kResident ? next_row.chunks : 0); c += threads) {
-        if (c < row.chunks) gradient.put_chunk(row.chunk_at(c), kResident ? held[c] : __ldg(row.chunk(c)));
-        if (kResident && c < next_row.chunks) cp_async_16(held + c, next_row.chunk(c), true);
+        const bool is_held = kResident && c < room;
+        if (c < row.chunks) gradient.put_chunk(row.chunk_at(c), is_held ? held[c] : __ldg(row.chunk(c)));
+        if (is_held && c < next_row.chunks) cp_async_16(held + c, next_row.chunk(c), true);
       }
       if (kResident) cp_async_commit();
     }
@@ -240,7 +242,6 @@ cudaError_t launch_long(const LossProblem<T>& problem, cudaStream_t stream) {
   // Eight chunks for a thread: enough work between two reductions, and 64 or 128 KiB of a row for a block on its way.
   // Reasoned, not measured.
   const unsigned threads = std::clamp(std::bit_floor(chunks / 8), 128u, unsigned{kMostThreads});
-  const size_t bytes = kScratchBytes + size_t{chunks} * sizeof(uint4);
   int device = 0, multiprocessors = 0, most_shared = 0, all_shared = 0;
   for (const cudaError_t error : {
            cudaGetDevice(&device),
@@ -250,15 +251,18 @@ cudaError_t launch_long(const LossProblem<T>& problem, cudaStream_t stream) {
        }) {
     if (error != cudaSuccess) return error;
   }
-  if (problem.gradient == nullptr || bytes > static_cast<size_t>(most_shared)) {
+  const size_t free = static_cast<size_t>(most_shared) - std::min<size_t>(most_shared, kScratchBytes);
+  const unsigned room = static_cast<unsigned>(std::min<size_t>(chunks, free / sizeof(uint4)));
+  if (problem.gradient == nullptr || room < chunks / 2) {
     const unsigned blocks = static_cast<unsigned>(std::min(problem.N, kMostBlocks));
-    return launch(long_rows<T, false>, dim3(blocks), dim3(threads), kScratchBytes, stream, problem);
+    return launch(long_rows<T, false>, dim3(blocks), dim3(threads), kScratchBytes, stream, problem, 0);
   }
+  const size_t bytes = kScratchBytes + size_t{room} * sizeof(uint4);
   // As many blocks as run at once. Each also takes 1 KiB of the system's, and its threads 64 registers of 65536.
   const int64_t by_shared = static_cast<int64_t>(static_cast<size_t>(all_shared) / (bytes + 1024));
   const int64_t at_once = std::max<int64_t>(1, std::min<int64_t>(by_shared, 1024 / threads));
   const unsigned blocks = static_cast<unsigned>(std::min(problem.N, multiprocessors * at_once));
-  return launch(long_rows<T, true>, dim3(blocks), dim3(threads), bytes, stream, problem);
+  return launch(long_rows<T, true>, dim3(blocks), dim3(threads), bytes, stream, problem, static_cast<int>(room));
 }
 
 template <class T>

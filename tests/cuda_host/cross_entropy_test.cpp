@@ -179,7 +179,7 @@ void check_short_rows(DType dtype) {
   for (const Case& c : cases) check<T>(c, dtype);
 }
 
-// One block that goes through all rows, some blocks, and rows that shared memory has no room for.
+// One block that goes through all rows, some blocks, and rows that shared memory has room for a part of, and for none.
 template <class T>
 void check_long_rows(DType dtype, std::vector<int> shared_bytes, Reduction reduction = Reduction::kMean) {
   for (int bytes : shared_bytes) {
@@ -200,9 +200,9 @@ void check_long_rows(DType dtype, std::vector<int> shared_bytes, Reduction reduc
 }
 
 int main() {
-  check_long_rows<__nv_bfloat16>(DType::kBFloat16, {6000, 16000, 2000});
+  check_long_rows<__nv_bfloat16>(DType::kBFloat16, {6000, 16000, 3968, 2000});
   check_long_rows<__nv_bfloat16>(DType::kBFloat16, {6000, 2000}, Reduction::kNone);
-  check_long_rows<float>(DType::kFloat32, {6000, 16000, 2000});
+  check_long_rows<float>(DType::kFloat32, {6000, 16000, 3968, 2000});
   check_short_rows<float>(DType::kFloat32);
   check_short_rows<__half>(DType::kFloat16);
   check_short_rows<__nv_bfloat16>(DType::kBFloat16);

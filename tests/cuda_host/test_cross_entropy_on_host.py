@@ -51,7 +51,11 @@ def host() -> ctypes.CDLL:
     return library("cross_entropy")
 
 
-@pytest.fixture(params=[(2, 232448), (1, 9000), (2, 2000)], ids=["row_held", "few_blocks", "row_read_twice"])
+# The last two hold 0.78 of a row of 2057 in float32, or in 16 bits.
+@pytest.fixture(
+    params=[(2, 232448), (1, 9000), (2, 2000), (1, 768 + 16 * 400), (2, 768 + 16 * 200)],
+    ids=["row_held", "few_blocks", "row_read_twice", "float32_held_in_part", "halves_held_in_part"],
+)
 def chip(request: pytest.FixtureRequest, host: ctypes.CDLL) -> Any:
     """Multiprocessors and shared memory, which choose between the kernels for long rows."""
     host.set_chip(*request.param)
