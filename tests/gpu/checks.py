@@ -103,6 +103,7 @@ SMOKE_ATTENTION_CASES = [
     AttentionCase("smoke_D128", B=2, H=4, T=300, D=128),
     AttentionCase("smoke_grouped", B=2, H=8, H_kv=2, T=300, D=64),
 ]
+SMOKE_NORM_CASE = NormCase(16_384, 384, dropout_p=0.2)
 SMOKE_CROSS_ENTROPY_CASES = [
     CrossEntropyCase("smoke_V65", shape=(16_384,), V=65, ignored=0.1),
     CrossEntropyCase("smoke_V50257", shape=(256,), V=50_257, ignored=0.1),
@@ -148,12 +149,7 @@ def all_checks(device: str, impls: Iterable[str] | None = None, small: bool = Fa
         checks += [_cross_entropy_check(impl, dtype, case, device, DRAWS) for case in CROSS_ENTROPY_CASES]
         checks += [_cross_entropy_check(impl, dtype, case, device, [0]) for case in large]
     for impl, dtype in _under_test("add_norm", device, impls):
-        checks += [
-            _check(
-                str(case), "add_norm", impl, dtype, case.C, norm_problems, _shrink_norm(case) if small else case, device
-            )
-            for case in NORM_CASES
-        ]
+        checks += [_norm_check(impl, dtype, case, device, small) for case in NORM_CASES]
     around: dict[str, Callable[..., list[str]]] = {
         "compiles_into_one_graph": compile_problems,
         "trains_as_the_reference": training_problems,
@@ -195,6 +191,11 @@ def smoke_checks(device: str, small: bool = False) -> list[Check]:
             for impl, of in _under_test("softmax_cross_entropy", device)
             if of == dtype
         ),
+        *(
+            _norm_check(impl, dtype, SMOKE_NORM_CASE, device, small)
+            for impl, of in _under_test("add_norm", device)
+            if of == dtype
+        ),
     ]
 
 
@@ -216,6 +217,11 @@ def _cross_entropy_check(
     impl: str, dtype: torch.dtype, case: CrossEntropyCase, device: str, draws: Iterable[int]
 ) -> Check:
     return _check(case.name, "softmax_cross_entropy", impl, dtype, case.V, cross_entropy_problems, case, device, draws)
+
+
+def _norm_check(impl: str, dtype: torch.dtype, case: NormCase, device: str, small: bool) -> Check:
+    shrunk = dataclasses.replace(case, N=min(case.N, 100)) if small else case
+    return _check(str(case), "add_norm", impl, dtype, case.C, norm_problems, shrunk, device)
 
 
 def _check(
@@ -243,10 +249,6 @@ def _same(case: Any) -> Any:
 def _shrink_attention(case: AttentionCase) -> AttentionCase:
     S = None if case.S is None else -(-case.S // 16)
     return dataclasses.replace(case, B=min(case.B, 2), T=-(-case.T // 16), S=S)
-
-
-def _shrink_norm(case: NormCase) -> NormCase:
-    return dataclasses.replace(case, N=min(case.N, 100))
 
 
 def _shrink_cross_entropy(case: CrossEntropyCase) -> CrossEntropyCase:
