@@ -263,4 +263,4 @@ def test_on_a_gpu_the_reference_is_not_under_test(monkeypatch: pytest.MonkeyPatc
         "cross_entropy_beyond_2^31_elements",
     }
     assert {check.impl for check in checks.smoke_checks("cuda")} == {"cuda", "triton"}
-    assert len({str(check) for check in checks.smoke_checks("cuda")}) == 15
+    assert len({str(check) for check in checks.smoke_checks("cuda")}) == 16
