@@ -37,6 +37,57 @@ def shaken(config: ModelConfig, vocab_size: int = V) -> nn.Module:
     return model
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"dropout": 0.2, "bias": True},
+        {"norm": "rmsnorm", "position": "rotary", "mlp": "relu2", "qk_norm": True, "value_embeddings": True},
+        {"residual": False, "mlp": "none", "norm": "none", "dropout": 0.5},
+    ],
+    ids=["gpt", "modern", "attention alone"],
+)
+def test_computed_again_or_kept_the_bits_are_the_same(parts: dict[str, Any], bf16: bool) -> None:
+    """And of what is kept for the backward, most is not."""
+    idx, targets = batch()
+    found = []
+    for recompute in (False, True):
+        model = build_model(tiny(n_layer=6, **parts), V, seed=1)
+        model.recompute = recompute
+        kept: dict[int, int] = {}
+
+        def keep(x: torch.Tensor) -> torch.Tensor:
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()  # noqa: B023
+            return x
+
+        torch.manual_seed(2)  # of dropout
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), torch.autocast("cpu", enabled=bf16):
+            loss = model(idx, targets)
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        weights = {x.untyped_storage().data_ptr() for x in model.parameters()}
+        size = sum(size for place, size in kept.items() if place not in weights)
+        found.append((loss, gradients, torch.get_rng_state(), size))
+    assert torch.equal(found[0][0], found[1][0])
+    assert all(torch.equal(x, y) for x, y in zip(found[0][1], found[1][1], strict=True))
+    assert torch.equal(found[0][2], found[1][2])  # what comes next draws the same
+    assert found[1][3] < found[0][3] / 2
+
+
+def test_what_is_generated_or_scored_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(transformer, "checkpoint", refuse)
+    model = build_model(tiny(), V, seed=1)
+    model.recompute = True
+    idx, targets = batch()
+    model.hidden(idx, model.new_cache())
+    with torch.no_grad():
+        model(idx, targets)
+    with pytest.raises(AssertionError):
+        model(idx, targets)
+
+
 CHOICES: dict[str, tuple[Any, ...]] = {
     "position": ("none", "learned", "rotary"),
     "norm": ("none", "layernorm", "rmsnorm"),

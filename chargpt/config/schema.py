@@ -175,6 +175,7 @@ class TrainConfig:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     compile: Literal["auto", "always", "never"] = "auto"  # torch.compile
     cuda_graph: Literal["auto", "always", "never"] = "auto"  # one launch for a whole step on a GPU
+    recompute: bool = False  # what blocks compute, again in the backward: less memory, a third more time
     backend: Literal["auto", "torch", "cpp", "cuda", "triton"] = "auto"
 
     def __post_init__(self) -> None:

@@ -17,6 +17,7 @@ class LanguageModel(nn.Module, ABC):
 
     block_size: int  # longest context, in tokens
     vocab_size: int
+    recompute = False  # whether the backward computes what blocks computed again, so that it need not be kept
     backend: str  # who computes the operations, as `chargpt.kernels` takes it in `impl`
 
     @abstractmethod

@@ -10,6 +10,7 @@ import zlib
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from chargpt.config import TransformerConfig
 from chargpt.kernels import activation, add_norm, by_reference, causal_attention, linear_cross_entropy, qkv_heads
@@ -197,7 +198,10 @@ class Transformer(LanguageModel):
             x = x + rows_from(self.position_embedding.weight, start)[:T]
         stream, branch = None, x
         for i, block in enumerate(self.blocks):
-            stream, branch = block(stream, branch, idx, None if cache is None else cache.layers[i], start)
+            if self.recompute and cache is None and torch.is_grad_enabled():
+                stream, branch = checkpoint(block, stream, branch, idx, use_reentrant=False)
+            else:
+                stream, branch = block(stream, branch, idx, None if cache is None else cache.layers[i], start)
         _, x = self.norm(stream, branch)
         if cache is not None and cache.position is None:
             cache.length, cache.last = length + T, idx[:, -1:]

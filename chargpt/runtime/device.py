@@ -45,7 +45,7 @@ def resolve_runtime(config: TrainConfig) -> Runtime:
     """Decide what `config` leaves to `auto`. Raises ConfigError where something asked for is not here."""
     device, device_reason = _device(config.device)
     precision, precision_reason = _precision(config, device)
-    compiled, compile_reason = _compile(config.compile, device)
+    compiled, compile_reason = _compile(config, device)
     graphed, graph_reason = _cuda_graph(config, device)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     attention = resolve("causal_attention", device, dtype, config.backend)
@@ -122,13 +122,19 @@ def _cpu_precision(config: TrainConfig) -> tuple[str, str]:
     return "bf16", "the CPU multiplies bf16 twice as fast, and the loss changes less than from seed to seed"
 
 
-def _compile(wanted: str, device: torch.device) -> tuple[bool, str]:
+def _compile(config: TrainConfig, device: torch.device) -> tuple[bool, str]:
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")  # that torch's inductor calls
     missing = None if shutil.which(compiler) else f"the C++ compiler {compiler} is not installed"
-    if wanted == "always" and missing is not None:
+    if config.compile == "always" and missing is not None:
         raise ConfigError(f"compile always was asked for, but {missing}; install it, set CXX, or use auto")
-    if wanted != "auto":
-        return wanted == "always", "asked for"
+    if config.compile == "always" and config.recompute:
+        raise ConfigError(
+            "compile always was asked for, but a compiler decides itself what it computes again: not with recompute"
+        )
+    if config.compile != "auto":
+        return config.compile == "always", "asked for"
+    if config.recompute:
+        return False, "blocks are computed again as they are"
     if device.type == "cuda":
         return missing is None, missing or "it fuses the small operations around the kernels"
     return False, "on a CPU compiling takes longer than short runs gain"
@@ -140,6 +146,8 @@ def _cuda_graph(config: TrainConfig, device: torch.device) -> tuple[bool, str]:
         why_not = "only a CUDA GPU has graphs"
     elif config.optimizer.kind != "adamw":
         why_not = f"{config.optimizer.kind} takes its learning rate from the host"
+    elif config.recompute:
+        why_not = "what is computed again draws its dropout from a state that the host keeps"
     if config.cuda_graph == "always" and why_not is not None:
         raise ConfigError(f"cuda_graph always was asked for, but {why_not}; use auto")
     if config.cuda_graph != "auto":

@@ -6,7 +6,9 @@ from chargpt.evaluation import TOKENS_PER_PASS
 from chargpt.models import parameter_estimate
 
 BYTES = 4  # of a float32
-WHAT_TO_LOWER = "lower batch_size, model.block_size, model.n_layer or model.n_embd, or close other programs"
+WHAT_TO_LOWER = (
+    "lower batch_size, model.block_size, model.n_layer or model.n_embd, set recompute=true, or close other programs"
+)
 
 
 def required_memory(config: TrainConfig, vocab_size: int) -> int:
@@ -17,7 +19,9 @@ def required_memory(config: TrainConfig, vocab_size: int) -> int:
     per_token = 3 * vocab_size  # logits, their gradient, and one copy of another precision
     if isinstance(model, TransformerConfig):
         hidden = 0 if model.mlp == "none" else model.mlp_width * (3 if model.mlp == "swiglu" else 2)
-        per_token += round(model.n_layer * model.n_embd * (10 + hidden + 3 * (model.dropout > 0)))
+        of_a_block = round(model.n_embd * (10 + hidden + 3 * (model.dropout > 0)))
+        kept = 2 * model.n_embd if config.recompute else of_a_block  # the stream and the branch, or all
+        per_token += (model.n_layer - 1) * kept + of_a_block
     training = config.batch_size * model.block_size * per_token
     return BYTES * (numbers + max(training, TOKENS_PER_PASS * 2 * vocab_size))
 

@@ -96,6 +96,7 @@ def new_state(run: Run, runtime: Runtime) -> State:
     config, tokenizer = run.config, run.splits.tokenizer
     model = build_model(config.model, tokenizer.vocab_size, stream_seed(run.seed, "init"), run.config.backend)
     model.to(runtime.device)
+    model.recompute = config.recompute
     torch.manual_seed(stream_seed(run.seed, "dropout"))
     average = None
     if config.ema_decay is not None:

@@ -188,7 +188,13 @@ def test_compiling_without_a_compiler_is_refused_when_asked_for_and_left_out_by_
     with pytest.raises(ConfigError, match=r"compile always was asked for, but the C\+\+ compiler no-such"):
         resolve_runtime(override(AUTO, ["device=cpu", "compile=always"]))
     assert not resolve_runtime(override(AUTO, ["device=cpu", "compile=never"])).compile
-    assert device._compile("auto", torch.device("cuda")) == (
-        False,
-        "the C++ compiler no-such-compiler is not installed",
-    )
+    assert device._compile(AUTO, torch.device("cuda")) == (False, "the C++ compiler no-such-compiler is not installed")
+
+
+def test_what_is_computed_again_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device.shutil, "which", lambda _: "/usr/bin/g++")
+    again = override(AUTO, ["recompute=true"])
+    assert device._compile(AUTO, torch.device("cuda"))[0]
+    assert device._compile(again, torch.device("cuda")) == (False, "blocks are computed again as they are")
+    with pytest.raises(ConfigError, match="compile always was asked for, but a compiler decides itself"):
+        device._compile(override(again, ["compile=always"]), torch.device("cuda"))

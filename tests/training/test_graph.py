@@ -75,6 +75,11 @@ def test_only_adamw_on_a_gpu_is_recorded() -> None:
     assert device._cuda_graph(runs.TRANSFORMER, gpu)[0]
     assert device._cuda_graph(override(runs.TRANSFORMER, ["cuda_graph=never"]), gpu) == (False, "asked for")
     assert device._cuda_graph(muon, gpu) == (False, "muon takes its learning rate from the host")
+    again = override(runs.TRANSFORMER, ["recompute=true"])
+    assert device._cuda_graph(again, gpu) == (
+        False,
+        "what is computed again draws its dropout from a state that the host keeps",
+    )
     with pytest.raises(ConfigError, match="muon takes"):
         device._cuda_graph(override(muon, ["cuda_graph=always"]), gpu)
 

@@ -414,6 +414,29 @@ def test_a_wider_mlp_needs_more_memory_than_a_narrower_one() -> None:
     assert needed[1] == needed[2] == needed[3] < 0.95 * needed[4]
 
 
+def test_what_is_computed_again_needs_no_memory() -> None:
+    """One block's worth, and for each other block its inputs."""
+    long = ["model.n_layer=20", "model.n_embd=64", "batch_size=4096"]
+    kept, again = (
+        required_memory(override(runs.TRANSFORMER, [*long, f"recompute={on}"]), 65) for on in ("false", "true")
+    )
+    assert again < 0.3 * kept
+    one = [
+        required_memory(override(runs.TRANSFORMER, ["model.n_layer=1", f"recompute={on}"]), 65)
+        for on in ("false", "true")
+    ]
+    assert one[0] == one[1]
+
+
+def test_a_run_that_computes_again_has_the_same_bits(tmp_path: Path) -> None:
+    states = []
+    for recompute in ("false", "true"):
+        folder = tmp_path / recompute
+        runs.train(folder, override(DROPOUT_EMA, [f"recompute={recompute}"]))
+        states.append([(folder / "last" / f"{name}.safetensors").read_bytes() for name in ("model", "state")])
+    assert states[0] == states[1]
+
+
 def test_memory_that_just_suffices_suffices() -> None:
     needed = required_memory(runs.TRANSFORMER, 65)
     require_memory(runs.TRANSFORMER, 65, needed)
