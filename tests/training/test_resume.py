@@ -32,6 +32,7 @@ def test_resume_after_sigkill_at_random_moments_is_bitwise_identical(case: str, 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_killed_at_every_moment_leaves_a_checkpoint_that_loads_and_goes_on_bitwise(tmp_path: Path) -> None:
     moments = runs.count_moments(tmp_path / "whole", SHORT)
     whole = runs.result(tmp_path / "whole")
