@@ -86,6 +86,8 @@ def test_what_is_generated_or_scored_is_computed_once(monkeypatch: pytest.Monkey
         model(idx, targets)
     with pytest.raises(AssertionError):
         model(idx, targets)
+    weights = {name: weight.detach() for name, weight in model.named_parameters()}
+    torch.func.grad(lambda given: torch.func.functional_call(model, given, (idx, targets)))(weights)
 
 
 CHOICES: dict[str, tuple[Any, ...]] = {

@@ -43,7 +43,7 @@ class Finding:
 
     checks: int
     problems: list[str]  # what is wrong, one sentence each
-    speed: float  # the reference's time, forward and backward, through the backend's
+    speed: float  # the reference's time, forward and backward, through the backend's; 0 where something is wrong
 
 
 def check(impl: str, device: str) -> dict[str, Finding]:
@@ -57,7 +57,7 @@ def check(impl: str, device: str) -> dict[str, Finding]:
         if registry.resolve(operation, device, torch.float32, impl).name == impl:
             pairs = [(case, dtype) for case in cases for dtype in DTYPES]
             problems = [problem for case, dtype in pairs for problem in _problems(case, impl, device, dtype)]
-            found[name] = Finding(len(pairs), problems, _speed(cases[-1], impl, device))
+            found[name] = Finding(len(pairs), problems, 0.0 if problems else _speed(cases[-1], impl, device))
     return found
 
 
@@ -149,10 +149,12 @@ def _results(case: Case, inputs: list[Tensor], impl: str) -> list[Tensor]:
 def _problems(case: Case, impl: str, device: str, dtype: torch.dtype) -> list[str]:
     inputs = _inputs(case, device, dtype)
     exact = [x.detach().double().requires_grad_() for x in inputs]
-    columns = zip(
-        _results(case, inputs, impl), _results(case, exact, "torch"), _results(case, inputs, "torch"), strict=True
-    )
     what = f"{case.function.__name__} of {', '.join(map(str, case.shapes))} in {str(dtype).removeprefix('torch.')}"
+    try:
+        got = _results(case, inputs, impl)
+    except Exception as error:  # whatever a compiler or a driver says on the devices of tomorrow
+        return [f"{what}: {type(error).__name__}: {str(error)[:200]}"]
+    columns = zip(got, _results(case, exact, "torch"), _results(case, inputs, "torch"), strict=True)
     return [f"{what}: {wrong}" for i, column in enumerate(columns) if (wrong := _wrong(f"result {i}", *column))]
 
 

@@ -22,6 +22,7 @@ from chargpt.files import replaced_file
 RECORD = Path(__file__).parents[1] / "_native.json"  # written by setup.py next to the modules
 INSTRUCTION_SETS = ("plain", "avx2", "avx512", "avx512_bf16", "amx")  # csrc/cpu/simd/isa.h
 MEASURED = ("x86_64", "amd64")  # kinds of CPU on which the kernels are known to be faster than torch
+FAILED = "`chargpt info --check` found them wrong or slower than PyTorch here"
 REBUILD = "build it again with `pip install --no-build-isolation -e .`"
 
 
@@ -54,7 +55,10 @@ def load_cuda() -> Native:
 def unmeasured() -> str | None:
     """Why "auto" leaves the C++ kernels alone on this kind of CPU, though they run; None where they were measured."""
     kind = platform.machine()
-    if kind.lower() in MEASURED or has_passed("cpp", cpu_kind()):
+    passed = checked("cpp", cpu_kind())
+    if passed is False:
+        return FAILED
+    if passed or kind.lower() in MEASURED:
         return None
     return (
         f"on {kind} the C++ kernels pass their tests, but nobody has measured whether they are faster; "
@@ -69,29 +73,37 @@ def cpu_kind() -> str:
     return f"{platform.machine()} {isa}"
 
 
-def has_passed(backend: str, kind: str) -> bool:
-    """Whether `chargpt info --check` found a backend right and fast on this kind of device, with this torch."""
+def checked(backend: str, kind: str) -> bool | None:
+    """Whether `chargpt info --check` found it right and fast on this kind of device; None: not with this torch."""
     built = _read(RECORD)
-    passed = built.get("checked") if isinstance(built, dict) else None
-    entry = passed.get(f"{backend} {kind}") if isinstance(passed, dict) else None
-    return isinstance(entry, dict) and entry.get("torch") == torch.__version__
+    entries = built.get("checked") if isinstance(built, dict) else None
+    entry = entries.get(f"{backend} {kind}") if isinstance(entries, dict) else None
+    if not isinstance(entry, dict) or entry.get("torch") != torch.__version__:
+        return None
+    return entry.get("passed") is True
 
 
-def record_check(backend: str, kind: str, entry: dict[str, Any] | None) -> None:
-    """Keep what a check found beside what the build recorded, so that the next build forgets it; None: it failed.
-
-    Raises ChargptError where nothing was built, and OSError where the folder of the package may not be written.
-    """
+def require_record() -> dict[str, Any]:
+    """What the build recorded. Raises ChargptError where it recorded nothing, or nothing can be added to it."""
     built = _read(RECORD)
     if isinstance(built, str):
         raise ChargptError(built)
-    checked = built.get("checked")
-    checked = dict(checked) if isinstance(checked, dict) else {}
-    checked.pop(f"{backend} {kind}", None)
-    if entry is not None:
-        checked[f"{backend} {kind}"] = entry | {"torch": torch.__version__}
+    if not os.access(RECORD.parent, os.W_OK):
+        raise ChargptError(f"{RECORD.parent} cannot be written, so what a check finds could not be remembered there")
+    return built
+
+
+def record_check(backend: str, kind: str, passed: bool, **found: Any) -> None:
+    """Keep what a check found beside what the build recorded, so that the next build forgets it.
+
+    Raises as `require_record` does.
+    """
+    built = require_record()
+    entries = built.get("checked")
+    entries = dict(entries) if isinstance(entries, dict) else {}
+    entries[f"{backend} {kind}"] = {"passed": passed, "torch": torch.__version__} | found
     with replaced_file(RECORD) as file:
-        file.write((json.dumps(built | {"checked": checked}) + "\n").encode())
+        file.write((json.dumps(built | {"checked": entries}) + "\n").encode())
 
 
 def check_record(record: Path) -> str | None:
@@ -117,10 +129,10 @@ def _read(record: Path) -> dict[str, Any] | str:
     """What setup.py wrote, or why it says nothing."""
     try:
         built = json.loads(record.read_text(encoding="utf-8"))
-        built["python"], built["torch"], built["problem"]
+        built["python"].split, built["torch"], built["problem"]
     except FileNotFoundError:
         return f"the native module was not built; {REBUILD}"
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return f"the record of the native module's build, {record}, is damaged; {REBUILD}"
     return built  # type: ignore[no-any-return]
 

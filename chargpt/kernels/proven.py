@@ -37,8 +37,10 @@ def why_not(implementation: str) -> str | None:
     except ValueError as error:
         return str(error)
     here = sorted({torch.cuda.get_device_capability(i) for i in range(count)})
-    kinds = (f"{major}.{minor}" for major, minor in here)
-    missing = [kind for kind in kinds if kind not in recorded and not native.has_passed(implementation, kind)]
+    found = {kind: native.checked(implementation, kind) for kind in (f"{major}.{minor}" for major, minor in here)}
+    if False in found.values():
+        return native.FAILED
+    missing = [kind for kind, passed in found.items() if kind not in recorded and not passed]
     if not missing:
         return None
     return (

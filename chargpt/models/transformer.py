@@ -196,9 +196,12 @@ class Transformer(LanguageModel):
             x = x + self.bigram_embedding(self._bigrams(idx, None if cache is None else cache.last))
         if self.position_embedding is not None:
             x = x + rows_from(self.position_embedding.weight, start)[:T]
+        # Transforms of torch.func, which know no hooks on what is saved, keep all.
+        transformed = torch._C._are_functorch_transforms_active()
+        again = self.recompute and cache is None and torch.is_grad_enabled() and not transformed
         stream, branch = None, x
         for i, block in enumerate(self.blocks):
-            if self.recompute and cache is None and torch.is_grad_enabled():
+            if again:
                 stream, branch = checkpoint(block, stream, branch, idx, use_reentrant=False)
             else:
                 stream, branch = block(stream, branch, idx, None if cache is None else cache.layers[i], start)

@@ -54,7 +54,9 @@ class Run:
             "backend": runtime.backend,
         }
         given = {"seed": self.seed, "data": self.splits.fingerprint}
-        return flatten(self.config) | chosen | given | self.teacher_weights
+        config = flatten(self.config)
+        del config["recompute"]  # which changes no bit
+        return config | chosen | given | self.teacher_weights
 
     @cached_property
     def teacher_weights(self) -> dict[str, str]:

@@ -4,6 +4,7 @@
 
 #pragma once
 
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_strided.h>
@@ -95,13 +96,17 @@ inline Tensor empty_by_time(const Tensor& x) {
 inline std::tuple<Tensor, Tensor, Tensor> empty_side_by_side(const Tensor& q, const Tensor& k, const Tensor& v) {
   const int64_t B = q.size(0), H = q.size(1), T = q.size(2), D = q.size(3), H_kv = k.size(1);
   if (k.size(2) != T) return {empty_by_time(q), empty_by_time(k), empty_by_time(v)};
+  const at::AutoDispatchBelowADInplaceOrView no_views;  // whose records would hold the memory too: `joined` counts
   const Tensor all = empty_by_time(B, H + 2 * H_kv, T, D, q.options());
   return {all.narrow(1, 0, H), all.narrow(1, H, H_kv), all.narrow(1, H + H_kv, H_kv)};
 }
 
-// What three such gradients lie in; undefined where they do not lie so.
+// What three such gradients lie in; undefined where they do not lie so, or somebody else holds one, who must not find
+// another value in it later.
 inline Tensor joined(const Tensor& dq, const Tensor& dk, const Tensor& dv) {
   if (!dq.defined() || !dk.defined() || !dv.defined()) return Tensor();
+  if (dq.use_count() > 1 || dk.use_count() > 1 || dv.use_count() > 1 || dq.storage().use_count() > 3) return Tensor();
+  const at::AutoDispatchBelowADInplaceOrView no_views;
   const int64_t B = dq.size(0), H = dq.size(1), T = dq.size(2), D = dq.size(3), H_kv = dk.size(1);
   const int64_t width = (H + 2 * H_kv) * D, first = dq.storage_offset();
   const auto lies = [&](const Tensor& x, int64_t heads_before) {

@@ -593,15 +593,37 @@ def test_attention_writes_the_gradient_of_a_packed_projection(H: int, H_kv: int,
     for impl in ("cpp", "torch"):
         qkv = draw("packed", 0, 2, T, (H + 2 * H_kv) * D).requires_grad_()
         q, k, v = qkv_heads(qkv, n_head=H, n_kv_head=H_kv, qk_norm=False, impl=impl)
-        seen: list[Tensor] = []
-        q.register_hook(seen.append)
         out = causal_attention(q, k, v, impl="cpp")
-        out.backward(draw("upstream", 0, *out.shape))
+        with torch.autograd.profiler.profile() as profile:
+            out.backward(draw("upstream", 0, *out.shape))
+        made = [event.name for event in profile.function_events]
+        assert (not {"aten::empty", "aten::cat"} & set(made)) == (impl == "cpp")
         assert qkv.grad is not None
         found[impl] = qkv.grad
-        shared = qkv.grad.untyped_storage().data_ptr() == seen[0].untyped_storage().data_ptr()
-        assert shared == (impl == "cpp")
     assert torch.equal(found["cpp"], found["torch"])
+
+
+@pytest.mark.skipif("cpp" not in IMPLEMENTATIONS, reason="no native module")
+@pytest.mark.parametrize("held", ["asked for", "kept by a hook", "retained"])
+def test_a_gradient_that_somebody_holds_shares_no_memory(held: str) -> None:
+    """Else a change of one would be a change of another."""
+    qkv = draw("packed", 0, 2, 5, 48).requires_grad_()
+    q, k, v = qkv_heads(qkv, n_head=4, n_kv_head=2, qk_norm=False, impl="cpp")
+    kept: list[Tensor] = []
+    if held == "kept by a hook":
+        k.register_hook(lambda g: kept.append(g))
+    elif held == "retained":
+        v.retain_grad()
+    loss = causal_attention(q, k, v, impl="cpp").square().sum()
+    if held == "asked for":
+        dqkv, *kept = torch.autograd.grad(loss, [qkv, q, k, v])
+    else:
+        loss.backward()
+        assert qkv.grad is not None
+        dqkv, kept = qkv.grad, kept or [v.grad]  # type: ignore[list-item]
+    before = [x.clone() for x in kept]
+    dqkv.zero_()
+    assert all(torch.equal(x, y) for x, y in zip(kept, before, strict=True))
 
 
 @pytest.mark.skipif("cpp" not in IMPLEMENTATIONS, reason="no native module")

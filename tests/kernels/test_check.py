@@ -111,6 +111,17 @@ def test_a_wrong_kernel_is_found(
 
 
 @needs_cpp
+def test_a_kernel_that_fails_is_a_finding(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: Any) -> None:
+        raise RuntimeError("no kernel image")
+
+    monkeypatch.setattr(registry, "BACKENDS", broken("activation", fail))
+    found = check.check("cpp", "cpu")["activation"]
+    assert "RuntimeError: no kernel image" in found.problems[0]
+    assert found.speed == 0
+
+
+@needs_cpp
 def test_a_wrong_decoder_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert decoding.check().problems == []
     monkeypatch.setattr(decoding, "ALLOWED", dict.fromkeys(decoding.ALLOWED, 1e-9))
@@ -128,33 +139,59 @@ def test_auto_takes_what_passed_here_with_this_torch(
     assert before.name == "torch"
     assert "`chargpt info --check`" in before.reason
     assert choose_engine(model).engine == "torch"
-    native.record_check("cpp", native.cpu_kind(), {"checks": 3})
+    native.record_check("cpp", native.cpu_kind(), True, checks=3)
     assert json.loads(record.read_text())["checked"] == {
-        f"cpp {native.cpu_kind()}": {"checks": 3, "torch": torch.__version__}
+        f"cpp {native.cpu_kind()}": {"passed": True, "checks": 3, "torch": torch.__version__}
     }
     assert resolve("causal_attention", "cpu", torch.float32).name == "cpp"
     assert choose_engine(model).engine == "int8"
     with monkeypatch.context() as context:
         context.setattr(torch, "__version__", "1.0")
         assert native.unmeasured()
-    native.record_check("cpp", native.cpu_kind(), None)  # it failed later
-    assert native.unmeasured()
+    native.record_check("cpp", native.cpu_kind(), False)  # it failed later
+    assert native.unmeasured() == native.FAILED
+
+
+@needs_cpp
+def test_auto_leaves_alone_what_failed_here(record: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    assert native.unmeasured() is None
+    native.record_check("cpp", native.cpu_kind(), False)
+    assert resolve("add_norm", "cpu", torch.float32).name == "torch"
+    native.record_check("cpp", native.cpu_kind(), True)
+    assert native.unmeasured() is None
 
 
 @pytest.mark.parametrize("checked", [3, [], {"cpp x": 1}, {"cpp x": {}}, None])
 def test_a_damaged_record_is_no_pass(record: Path, checked: Any) -> None:
     record.write_text(json.dumps(json.loads(record.read_text()) | {"checked": checked}))
-    assert not native.has_passed("cpp", "x")
-    native.record_check("cpp", "x", {})  # and is mended by the next check
-    assert native.has_passed("cpp", "x")
+    assert not native.checked("cpp", "x")
+    native.record_check("cpp", "x", True)  # and is mended by the next check
+    assert native.checked("cpp", "x")
+
+
+@pytest.mark.parametrize("content", ['{"python": 3, "torch": "2", "problem": null}', "[" * 100_000, "{}", "\x00"])
+def test_a_damaged_record_of_the_build_is_one_sentence(record: Path, content: str) -> None:
+    record.write_text(content)
+    assert "is damaged" in str(native.check_record(record))
+    assert native.checked("cpp", "x") is None
+    with pytest.raises(ChargptError, match="is damaged"):
+        native.require_record()
 
 
 def test_where_nothing_was_built_nothing_is_recorded(record: Path) -> None:
     record.unlink()
-    assert not native.has_passed("triton", "8.9")
+    assert native.checked("triton", "8.9") is None
     with pytest.raises(ChargptError, match="was not built"):
-        native.record_check("triton", "8.9", {})
+        native.record_check("triton", "8.9", True)
     assert not record.exists()
+
+
+def test_nothing_is_checked_that_cannot_be_remembered(record: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "check", lambda *_: pytest.fail("it was checked"))
+    monkeypatch.setattr(native.os, "access", lambda *_: False)
+    with pytest.raises(ChargptError, match="cannot be written"):
+        info.check()
 
 
 def test_a_gpu_that_passed_here_needs_no_record_of_the_package(record: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,9 +199,11 @@ def test_a_gpu_that_passed_here_needs_no_record_of_the_package(record: Path, mon
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=0: (8, 9))
     assert "`chargpt info --check`" in str(proven.why_not("triton"))
-    native.record_check("triton", "8.9", {})
+    native.record_check("triton", "8.9", True)
     assert proven.why_not("triton") is None
     assert proven.why_not("cuda") is not None
+    native.record_check("triton", "8.9", False)
+    assert proven.why_not("triton") == native.FAILED
 
 
 def found(speed: float, *problems: str) -> check.Finding:
@@ -191,18 +230,18 @@ def test_the_command_records_what_is_right_and_faster(
 
     monkeypatch.setattr(check, "check", kernels)
     monkeypatch.setattr(decoding, "check", lambda: found(speeds[2]))
-    native.record_check("cpp", native.cpu_kind(), {})
     if problem:
-        with pytest.raises(ChargptError, match=r"^cpp computed wrong results; use backend=torch, "):
+        with pytest.raises(ChargptError, match=r"^cpp computed wrong results, so auto leaves them alone; "):
             info.check()
     else:
         info.check()
     assert asked == [("cpp", "cpu")]
-    assert native.has_passed("cpp", native.cpu_kind()) == passes
+    assert native.checked("cpp", native.cpu_kind()) is passes
     out, err = capsys.readouterr()
     assert out == ""
     assert f"  causal_attention         2 checks, right, {speeds[0]:.1f} times as fast as PyTorch" in err
-    assert ("1.00 times as fast as PyTorch, so auto does not take them" in err) == (speeds[1] == 1)
+    assert ("1.00 times as fast as PyTorch, so auto leaves them alone" in err) == (speeds[1] == 1)
+    assert ("  add_norm                 2 checks, WRONG" in err) == bool(problem)
     assert ("  WRONG: bad" in err) == bool(problem)
     if passes:
         entry = json.loads(record.read_text())["checked"][f"cpp {native.cpu_kind()}"]

@@ -435,6 +435,10 @@ def test_a_run_that_computes_again_has_the_same_bits(tmp_path: Path) -> None:
         runs.train(folder, override(DROPOUT_EMA, [f"recompute={recompute}"]))
         states.append([(folder / "last" / f"{name}.safetensors").read_bytes() for name in ("model", "state")])
     assert states[0] == states[1]
+    made = Trainer(
+        runs.make_run(tmp_path / "false", override(DROPOUT_EMA, ["recompute=true"]))
+    )  # and resumes the other
+    assert made.state.step == DROPOUT_EMA.max_steps
 
 
 def test_memory_that_just_suffices_suffices() -> None:

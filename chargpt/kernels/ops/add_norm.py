@@ -253,7 +253,7 @@ def register(library: OperatorLibrary) -> Any:
             return reference(x, y, weight, bias, norm=norm, dropout_p=dropout_p, seed=seed, dtype=dtype)
         dtype_of_sum = next(given.dtype for given in (x, y) if given is not None)
         if y is not None and seed is not None:
-            y = library.ops.row_dropout(y.to(dtype_of_sum), dropout_p, seed)
+            y = library.ops.row_dropout(y.to(computing_dtype(y.new_empty(0, dtype=dtype_of_sum))), dropout_p, seed)
         s = added(x, y, dtype_of_sum)
         return s, s if norm == "none" else library.ops.norm(s, weight, bias, NORMS.index(norm), dtype)[0]
 

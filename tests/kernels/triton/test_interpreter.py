@@ -43,8 +43,8 @@ def test_interpreted(chosen: str) -> None:
 def products() -> dict[str, str]:
     """Settings under which NumPy rounds q kᵀ as k qᵀ, as a GPU does; else the backward's P is not the forward's.
 
-    OpenBLAS's kernels for AVX-512 do so, those for AVX2 do not, which it takes on CPUs that are newer than it, and those
-    for AVX do.
+    OpenBLAS's kernels for AVX-512 do so, and those for AVX. Those for AVX2 do not, and it takes these on CPUs that are
+    newer than it.
     """
     capability = torch.backends.cpu.get_cpu_capability()
     kernels = {"AVX512": "SkylakeX", "AVX2": "Sandybridge"}
