@@ -594,8 +594,9 @@ def test_attention_writes_the_gradient_of_a_packed_projection(H: int, H_kv: int,
         qkv = draw("packed", 0, 2, T, (H + 2 * H_kv) * D).requires_grad_()
         q, k, v = qkv_heads(qkv, n_head=H, n_kv_head=H_kv, qk_norm=False, impl=impl)
         out = causal_attention(q, k, v, impl="cpp")
+        flowing_in = draw("upstream", 0, *out.shape)
         with torch.autograd.profiler.profile() as profile:
-            out.backward(draw("upstream", 0, *out.shape))
+            out.backward(flowing_in)
         made = [event.name for event in profile.function_events]
         assert (not {"aten::empty", "aten::cat"} & set(made)) == (impl == "cpp")
         assert qkv.grad is not None
