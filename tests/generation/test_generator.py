@@ -1,6 +1,7 @@
 """From a prompt to text: the same whoever draws the tokens, and however they come."""
 
 import dataclasses
+import itertools
 from typing import Any
 
 import numpy as np
@@ -50,7 +51,10 @@ def test_streamed_pieces_are_the_completion(engine: Any) -> None:
     model = build_model(SMALL, vocab_size=TOKENIZER.vocab_size, seed=0).eval()
     config = SampleConfig(max_new_tokens=25, num_samples=2, engine=engine)
     steps = list(Generator(model, TOKENIZER).stream("ab", config))
-    assert [len(step[0].tokens) for step in steps][:3] == ([1, 1, 1] if engine == "torch" else [1, 2, 4])
+    sizes = [len(step[0].tokens) for step in steps]
+    assert sizes[0] == 1
+    assert sum(sizes) == 25
+    assert engine == "auto" or set(sizes) == {1}  # the decoder's bursts are as long as it is fast
     completions = Generator(model, TOKENIZER).generate("ab", config)
     for i, whole in enumerate(completions):
         assert whole.text == "".join(step[i].text for step in steps) == TOKENIZER.decode(whole.tokens)
@@ -77,9 +81,9 @@ def test_streams_of_one_generator_do_not_disturb_each_other() -> None:
     (wanted,) = generator.generate("ab", config)
     first, second = generator.stream("ab", config), generator.stream("ab", config)
     texts = ["", ""]
-    for pair in zip(first, second, strict=True):
-        for i, (piece,) in enumerate(pair):
-            texts[i] += piece.text
+    for pair in itertools.zip_longest(first, second):  # how much comes at once is a matter of time
+        for i, step in enumerate(pair):
+            texts[i] += "" if step is None else step[0].text
     assert texts == [wanted.text] * 2
     next(generator.stream("hg", config))  # and left
     assert generator.generate("ab", config) == [wanted]
