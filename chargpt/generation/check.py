@@ -3,10 +3,12 @@
 import dataclasses
 import math
 import time
+from typing import cast
 
 import torch
 
 from chargpt.config import SampleConfig, TransformerConfig
+from chargpt.config.presets import PRESETS
 from chargpt.generation.native import PRECISIONS, NativeDecoder
 from chargpt.generation.sampler import stream_tokens
 from chargpt.kernels.check import Finding
@@ -16,20 +18,8 @@ ALLOWED = {"fp32": 1e-4, "bf16": 0.02, "int8": 0.06}  # error of the logits, rel
 TOKENS = 48  # that are decoded, and timed
 ROUNDS = 5  # of timing
 VOCABULARY = 65
-GPT = TransformerConfig(block_size=64, n_layer=2, n_embd=96, n_head=3, bias=True)
-MODERN = dataclasses.replace(
-    GPT,
-    n_head=6,
-    n_kv_head=2,
-    norm="rmsnorm",
-    position="rotary",
-    mlp="relu2",
-    qk_norm=True,
-    bigram_embeddings=True,
-    value_embeddings=True,
-    logit_softcap=15.0,
-    bias=False,
-)
+GPT = dataclasses.replace(cast(TransformerConfig, PRESETS["nanogpt-cpu"].model), bias=True)
+MODERN = dataclasses.replace(cast(TransformerConfig, PRESETS["modern"].model), block_size=64, n_kv_head=2)
 
 
 def check() -> Finding:

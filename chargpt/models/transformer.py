@@ -40,7 +40,7 @@ class AddNorm(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:  # (B, T, C) each
         p = self.dropout if self.training else 0.0
         stream = x if self.residual else None
-        if p > 0 and not branch.is_cpu:  # the reference would take some fifty passes for a mask, and torch's own one
+        if p > 0 and not branch.is_cpu:  # the reference makes a mask in many passes, torch's own dropout in one
             dtype = branch.dtype if stream is None else stream.dtype
             if by_reference("add_norm", branch.device.type, dtype, self.backend):
                 branch, p = F.dropout(branch, p), 0.0

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from chargpt.config import BigramConfig, SampleConfig, TransformerConfig
 from chargpt.errors import ChargptError, ConfigError, TokenizerError
-from chargpt.generation import Generator, generate_text, prompt_tokens
+from chargpt.generation import Generator, generate_text, native, prompt_tokens
 from chargpt.generation.generator import Until, token_bias
 from chargpt.models import build_model
 from chargpt.tokenizers import CharacterTokenizer
@@ -47,14 +47,12 @@ def test_a_prompt_and_its_continuations() -> None:
 
 
 @pytest.mark.parametrize("engine", ["torch", "auto"])
-def test_streamed_pieces_are_the_completion(engine: Any) -> None:
+def test_streamed_pieces_are_the_completion(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "BURST_SECONDS", 1e9)  # so that a busy machine cuts no burst short
     model = build_model(SMALL, vocab_size=TOKENIZER.vocab_size, seed=0).eval()
     config = SampleConfig(max_new_tokens=25, num_samples=2, engine=engine)
     steps = list(Generator(model, TOKENIZER).stream("ab", config))
-    sizes = [len(step[0].tokens) for step in steps]
-    assert sizes[0] == 1
-    assert sum(sizes) == 25
-    assert engine == "auto" or set(sizes) == {1}  # the decoder's bursts are as long as it is fast
+    assert [len(step[0].tokens) for step in steps][:3] == ([1, 1, 1] if engine == "torch" else [1, 2, 4])
     completions = Generator(model, TOKENIZER).generate("ab", config)
     for i, whole in enumerate(completions):
         assert whole.text == "".join(step[i].text for step in steps) == TOKENIZER.decode(whole.tokens)

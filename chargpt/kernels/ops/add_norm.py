@@ -251,10 +251,11 @@ def register(library: OperatorLibrary) -> Any:
         """As `reference`. The addition is torch's: an operator must not return its argument x."""
         if only_reference(x, y, weight, bias, seed):
             return reference(x, y, weight, bias, norm=norm, dropout_p=dropout_p, seed=seed, dtype=dtype)
-        dtype_of_sum = next(given.dtype for given in (x, y) if given is not None)
+        stream = y if x is None else x
+        assert stream is not None
         if y is not None and seed is not None:
-            y = library.ops.row_dropout(y.to(computing_dtype(y.new_empty(0, dtype=dtype_of_sum))), dropout_p, seed)
-        s = added(x, y, dtype_of_sum)
+            y = library.ops.row_dropout(y.to(computing_dtype(stream)), dropout_p, seed)
+        s = added(x, y, stream.dtype)
         return s, s if norm == "none" else library.ops.norm(s, weight, bias, NORMS.index(norm), dtype)[0]
 
     return add
