@@ -167,10 +167,10 @@ class _Work:
                 add(dw, gradient, part)
             if db is not None:
                 db += gradient.sum(0, dtype=db.dtype)
-        found = [dx, dw, db]
+        found = [dx if dx is None else dx.view(h.shape), dw, db]  # of a view of dw autograd would add up a copy
         for i, like in enumerate((h, weight, bias)):
             if (one := found[i]) is not None and like is not None:
-                found[i] = one.to(like.dtype).view(like.shape)
+                found[i] = one.to(like.dtype)
         return losses, found
 
     def _given(
