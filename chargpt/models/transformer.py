@@ -16,6 +16,7 @@ from chargpt.config import TransformerConfig
 from chargpt.kernels import activation, add_norm, by_reference, causal_attention, linear_cross_entropy, qkv_heads
 from chargpt.models.base import LanguageModel
 from chargpt.models.cache import Cache, LayerCache, TransformerCache
+from chargpt.models.tied import Tie, TiedEmbedding
 
 BIGRAM_ROWS = 2**16  # the most that a table of token pairs takes
 
@@ -170,7 +171,7 @@ class Transformer(LanguageModel):
         seed = int(torch.randint(2**62, ()))  # before any part draws, so that the parts do not matter to it
         self.config, self.vocab_size, self.backend = config, vocab_size, backend
         self.block_size, self.width = config.block_size, config.n_embd  # tokens of context; C
-        self.token_embedding = nn.Embedding(vocab_size, config.n_embd)
+        self.token_embedding = TiedEmbedding(vocab_size, config.n_embd)
         self.bigram_embedding = (
             nn.Embedding(min(vocab_size**2, BIGRAM_ROWS), config.n_embd) if config.bigram_embeddings else None
         )
@@ -184,14 +185,21 @@ class Transformer(LanguageModel):
     def new_cache(self) -> Cache:
         return TransformerCache(self.config.n_layer, self.block_size)
 
-    def hidden(self, idx: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
-        """What the head reads for each of `idx` (B, T): (B, T, C)."""
+    def forward(self, idx: torch.Tensor, targets: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
+        embedding = self.token_embedding  # or another module, that replaced it
+        if self.head is not None or not isinstance(embedding, TiedEmbedding) or not embedding.pays(idx):
+            return super().forward(idx, targets, reduction)
+        tie = Tie()
+        return self.loss(self.hidden(idx, tie=tie), targets, reduction, tie)
+
+    def hidden(self, idx: torch.Tensor, cache: Cache | None = None, tie: Tie | None = None) -> torch.Tensor:
+        """What the head reads for each of `idx` (B, T): (B, T, C). `tie`: for the `loss` of the same pass."""
         assert cache is None or isinstance(cache, TransformerCache)
         T, length = idx.size(1), 0 if cache is None else cache.length
         if self.block_size < length + T:
             raise ValueError(f"{length + T} tokens were fed to a model whose block_size is {self.block_size}")
         start = length if cache is None or cache.position is None else cache.position
-        x = self.token_embedding(idx)  # (B, T, C)
+        x = self.token_embedding(idx) if tie is None else self.token_embedding(idx, tie)  # (B, T, C)
         if self.bigram_embedding is not None:
             x = x + self.bigram_embedding(self._bigrams(idx, None if cache is None else cache.last))
         if self.position_embedding is not None:
@@ -217,9 +225,13 @@ class Transformer(LanguageModel):
         cap = self.config.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
-    def loss(self, h: torch.Tensor, targets: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
+    def loss(
+        self, h: torch.Tensor, targets: torch.Tensor, reduction: str = "mean", tie: Tie | None = None
+    ) -> torch.Tensor:
         """Cross-entropy in nats of `targets` (…) after the hidden states (…, C); () for "mean" or "sum", else (…)."""
         weight, bias = self._head()
+        if tie is not None and tie.table is not None:
+            weight = tie.table
         cap = self.config.logit_softcap
         return linear_cross_entropy(h, weight, targets, bias, softcap=cap, reduction=reduction, impl=self.backend)
 

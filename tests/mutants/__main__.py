@@ -45,7 +45,7 @@ ENOUGH, MOST = 90.0, 600  # seconds of tests for one change, and tests, so that 
 
 # The tests that stand beside a room's code; by default the folder or file of its name.
 NEAR = {
-    "models": ["tests/test_models.py"],
+    "models": ["tests/test_models.py", "tests/test_tied.py"],
     "tokenizers": ["tests/test_tokenizers.py"],
     "files": ["tests/test_files.py"],
     "command": ["tests/test_command.py", "tests/test_user_errors.py"],

@@ -591,6 +591,18 @@ def test_clipping_bounds_the_whole_gradient_and_reports_its_true_norm(clip: floa
     torch.testing.assert_close(bounded, expected, rtol=1e-4, atol=0)  # torch adds 1e-6 to the norm
 
 
+@pytest.mark.parametrize("excess", [-1e-3, 1e-3, math.nan])
+def test_gradients_within_the_limit_are_not_walked_over(excess: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a norm that is no number reaches every gradient."""
+    model, idx, targets = double_model_and_batch()
+    clipped = []
+    monkeypatch.setattr(nn.utils, "clip_grads_with_norm_", lambda parameters, limit, norm: clipped.append(norm))
+    monkeypatch.setattr(nn.utils, "get_total_norm", lambda gradients: torch.tensor(1.0 + excess))
+    config = dataclasses.replace(runs.TRANSFORMER, grad_clip=1.0)
+    training.training_step(model, [], Given([(idx, targets)]), config, resolve_runtime(config))
+    assert len(clipped) == (not excess < 0)
+
+
 def test_a_step_leaves_no_gradient_behind() -> None:
     model, idx, targets = double_model_and_batch()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
