@@ -13,6 +13,7 @@ from chargpt.kernels.ops.add_norm import add_norm
 from chargpt.kernels.ops.attention import causal_attention
 from chargpt.kernels.ops.cross_entropy import softmax_cross_entropy
 from chargpt.kernels.ops.linear_cross_entropy import linear_cross_entropy
+from chargpt.kernels.ops.packed_attention import packed_causal_attention
 from chargpt.kernels.ops.qkv_heads import qkv_heads
 from chargpt.kernels.registry import available_backends, by_reference, describe_backends, resolve
 
@@ -25,6 +26,7 @@ __all__ = [
     "causal_attention",
     "describe_backends",
     "linear_cross_entropy",
+    "packed_causal_attention",
     "qkv_heads",
     "resolve",
     "softmax_cross_entropy",

@@ -13,7 +13,15 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from chargpt.config import TransformerConfig
-from chargpt.kernels import activation, add_norm, by_reference, causal_attention, linear_cross_entropy, qkv_heads
+from chargpt.kernels import (
+    activation,
+    add_norm,
+    by_reference,
+    causal_attention,
+    linear_cross_entropy,
+    packed_causal_attention,
+    qkv_heads,
+)
 from chargpt.models.base import LanguageModel
 from chargpt.models.cache import Cache, LayerCache, TransformerCache
 from chargpt.models.tied import Tie, TiedEmbedding
@@ -94,6 +102,12 @@ class CausalSelfAttention(nn.Module):
         self, x: torch.Tensor, idx: torch.Tensor, cache: LayerCache | None = None, start: int | torch.Tensor = 0
     ) -> torch.Tensor:  # (B, T, C), (B, T); start: the first token's position, as a tensor (1,) that of the only one
         B, T, C = x.shape
+        dropout_p = self.dropout if self.training else 0.0
+        if cache is None and self.value_embedding is None and self.rotary is None and not self.qk_norm:
+            y = packed_causal_attention(
+                self.qkv(x), n_head=self.n_head, n_kv_head=self.n_kv_head, dropout_p=dropout_p, impl=self.backend
+            )
+            return self.projection(y)  # type: ignore[no-any-return]
         rows = None if self.value_embedding is None else self.value_embedding(idx)  # (B, T, H_kv · D)
         cos, sin = (None, None) if self.rotary is None else (rows_from(table, start) for table in self.rotary.angles())
         q, k, v = qkv_heads(
@@ -112,7 +126,7 @@ class CausalSelfAttention(nn.Module):
         else:
             if cache is not None:
                 k, v = cache.extend(start, k, v)  # (B, H_kv, S, D)
-            y = causal_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, impl=self.backend)
+            y = causal_attention(q, k, v, dropout_p=dropout_p, impl=self.backend)
         return self.projection(y.transpose(1, 2).reshape(B, T, C))  # type: ignore[no-any-return]  # heads side by side
 
 

@@ -45,24 +45,43 @@ std::tuple<Tensor, Tensor> causal_attention_forward(const Tensor& q, const Tenso
   return {out, lse};
 }
 
+// Into dq, dk and dv, of any strides.
+void write_attention_gradients(const Tensor& dq, const Tensor& dk, const Tensor& dv, const Tensor& out_gradient,
+                               const Tensor& lse_gradient, const Tensor& q, const Tensor& k, const Tensor& v,
+                               const Tensor& out, const Tensor& lse, const AttentionOptions& options) {
+  const Tensor Q = with_whole_rows(q), K = with_whole_rows(k), V = with_whole_rows(v), O = with_whole_rows(out);
+  const Tensor dO = with_whole_rows(out_gradient), row_lse = lse.contiguous();
+  const Tensor dlse = lse_gradient.defined() ? lse_gradient.contiguous() : Tensor();
+  const auto dtype = element_of(q);
+  const auto shape = shape_of(q, k);
+  const Tensor workspace = workspace_for(q, cuda::attention_backward_workspace(dtype, shape));
+  C10_CUDA_CHECK(cuda::attention_backward(dtype, shape, options, view(dO), view(Q), view(K), view(V), view(O),
+                                          row_lse.const_data_ptr<float>(),
+                                          dlse.defined() ? dlse.const_data_ptr<float>() : nullptr, mutable_view(dq),
+                                          mutable_view(dk), mutable_view(dv), workspace.data_ptr(), stream()));
+}
+
 std::tuple<Tensor, Tensor, Tensor> causal_attention_backward(
     const std::optional<Tensor>& out_gradient, const std::optional<Tensor>& lse_gradient, const Tensor& q,
     const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse, double scale, double dropout_p,
     std::optional<int64_t> window, const std::optional<Tensor>& seed) {
   const py::gil_scoped_release nogil;
   const c10::cuda::CUDAGuard device(q.device());
-  const Tensor Q = with_whole_rows(q), K = with_whole_rows(k), V = with_whole_rows(v), O = with_whole_rows(out);
-  const Tensor dO = with_whole_rows(out_gradient.has_value() ? *out_gradient : at::zeros_like(out));
-  const Tensor dlse = lse_gradient.has_value() ? lse_gradient->contiguous() : Tensor(), row_lse = lse.contiguous();
   const Tensor dq = empty_by_time(q), dk = empty_by_time(k), dv = empty_by_time(v);
-  const auto dtype = element_of(q);
-  const auto shape = shape_of(q, k);
-  const Tensor workspace = workspace_for(q, cuda::attention_backward_workspace(dtype, shape));
-  C10_CUDA_CHECK(cuda::attention_backward(
-      dtype, shape, attention_options(scale, dropout_p, window, seed), view(dO), view(Q), view(K), view(V), view(O),
-      row_lse.const_data_ptr<float>(), dlse.defined() ? dlse.const_data_ptr<float>() : nullptr, mutable_view(dq),
-      mutable_view(dk), mutable_view(dv), workspace.data_ptr(), stream()));
+  write_attention_gradients(dq, dk, dv, out_gradient.has_value() ? *out_gradient : at::zeros_like(out),
+                            or_undefined(lse_gradient), q, k, v, out, lse,
+                            attention_options(scale, dropout_p, window, seed));
   return {dq, dk, dv};
+}
+
+void causal_attention_backward_into(const Tensor& dq, const Tensor& dk, const Tensor& dv, const Tensor& out_gradient,
+                                    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
+                                    const Tensor& lse, double scale, double dropout_p, std::optional<int64_t> window,
+                                    const std::optional<Tensor>& seed) {
+  const py::gil_scoped_release nogil;
+  const c10::cuda::CUDAGuard device(q.device());
+  write_attention_gradients(dq, dk, dv, out_gradient, Tensor(), q, k, v, out, lse,
+                            attention_options(scale, dropout_p, window, seed));
 }
 
 // ------------------------------------------------------------------------------------------------------ cross-entropy
@@ -131,6 +150,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "chargpt's CUDA kernels";
   m.def("causal_attention_forward", &causal_attention_forward, "O and lse.");
   m.def("causal_attention_backward", &causal_attention_backward, "The gradients of q, k and v.");
+  m.def("causal_attention_backward_into", &causal_attention_backward_into, "The same, written to given tensors.");
   m.def("softmax_cross_entropy_forward", &softmax_cross_entropy_forward,
         "Loss, normalisers (2, N), and the gradient of the logits or None.");
   m.def("softmax_cross_entropy_backward", &softmax_cross_entropy_backward, "The gradient of the logits.");

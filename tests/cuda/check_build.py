@@ -68,6 +68,7 @@ def check_binding(module: Any) -> str:
     calls = {
         "causal_attention_forward": (q, k, v, *ATTENTION),
         "causal_attention_backward": (out, None, q, k, v, out, lse, *ATTENTION),
+        "causal_attention_backward_into": (q, k, v, out, q, k, v, out, lse, *ATTENTION),
         "softmax_cross_entropy_forward": (logits, targets, *CROSS_ENTROPY, "mean", True),
         "softmax_cross_entropy_backward": (torch.empty(()), logits, targets, normalisers, *CROSS_ENTROPY, "sum"),
         "scale_": (logits, torch.empty(())),

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from chargpt.kernels import add_norm, causal_attention, softmax_cross_entropy
+from chargpt.kernels import add_norm, causal_attention, packed_causal_attention, qkv_heads, softmax_cross_entropy
 from chargpt.kernels.philox import dropout_keep_mask, row_keep_mask
 from kernels.cases import (
     ATTENTION_CASES,
@@ -140,6 +140,10 @@ def all_checks(device: str, impls: Iterable[str] | None = None, small: bool = Fa
         large = map(_shrink_attention if small else _same, LARGE_ATTENTION_CASES)
         checks += [_attention_check(impl, dtype, case, device, DRAWS) for case in ATTENTION_CASES]
         checks += [_attention_check(impl, dtype, case, device, _draws(case)) for case in large]
+        checks += [
+            _check(f"packed_{p}", "causal_attention", impl, dtype, 64, packed_problems, p, device, small)
+            for p in (0, 0.2)
+        ]
         checks += [
             _check(f"dropout_mask_{mask}", "causal_attention", impl, dtype, mask.D, mask_problems, mask, device)
             for mask in MASKS
@@ -284,6 +288,23 @@ def attention_problems(
     for name, column in zip(("O", "lse", "dQ", "dK", "dV"), triples, strict=True):
         problems += _judged(name, column, _units(name, dtype, triples[1]))
     return problems
+
+
+def packed_problems(impl: str, dtype: torch.dtype, dropout_p: float, device: str, small: bool) -> list[str]:
+    """A packed projection's result and gradient are, bit for bit, those of its heads, which other checks judge."""
+    B, H, H_kv, T, D = (2, 4, 2, 17, 64) if small else (8, 6, 6, 256, 64)
+    numbers = torch.Generator().manual_seed(5)
+    drawn = torch.randn(B, T, (H + 2 * H_kv) * D, generator=numbers)
+    qkv = drawn.to(device, dtype).requires_grad_()
+    heads: Any = {"n_head": H, "n_kv_head": H_kv}
+    with poisoned_memory():
+        together = packed_causal_attention(qkv, **heads, dropout_p=dropout_p, generator=_generator(), impl=impl)
+        q, k, v = qkv_heads(qkv, **heads, qk_norm=False, impl=impl)
+        out = causal_attention(q, k, v, dropout_p=dropout_p, generator=_generator(), impl=impl)
+        apart = out.transpose(1, 2).flatten(2)
+        found, expected = (_gradients_of((x,), (qkv,)) for x in (together, apart))
+    pairs = {"O": ((together,), (apart,)), "the gradient": (found, expected)}
+    return [f"{name} has other bits than that of the heads" for name, pair in pairs.items() if not _same_bits(*pair)]
 
 
 def _units(name: str, dtype: torch.dtype, lse: list[tuple[Tensor, Tensor, Tensor]]) -> float:

@@ -53,7 +53,7 @@ class Kernels:
         P = (scale * (q @ K.mT) - lse[..., None]).exp().masked_fill(hidden, 0)
         drop = torch.ones_like(P)
         if seed is not None:
-            drop = dropout_keep_mask(seed, dropout_p, B * H, T, S).view_as(P) / (1 - dropout_p)
+            drop = dropout_keep_mask(seed, dropout_p, B * H, T, S).view_as(P).to(P) / (1 - dropout_p)
         dP = (dO @ V.mT) * drop
         dS = P * (dP - (dO * out).sum(-1, keepdim=True) + dlse)
         dK, dV = (x.unflatten(1, (H_kv, H // H_kv)).sum(2) for x in (scale * dS.mT @ q, (P * drop).mT @ dO))

@@ -1,6 +1,7 @@
 """The CUDA kernels, as functions that take what the reference's take, and why they may not run here."""
 
 import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from chargpt.kernels import native
 from chargpt.kernels.compiling import assume_constant_result
-from chargpt.kernels.ops import attention, cross_entropy
+from chargpt.kernels.ops import attention, cross_entropy, packed_attention
 from chargpt.kernels.ops.common import OperatorLibrary
 
 CAPABILITY = (8, 0)  # the oldest: Ampere, the first with bfloat16 in tensor cores and with asynchronous copies
@@ -20,18 +21,37 @@ def _module() -> Any:
 
 
 LIBRARY = OperatorLibrary(
-    "chargpt_cuda", "CUDA", _module, (attention.OPERATION, cross_entropy.OPERATION), gradient_in_forward=True
+    "chargpt_cuda",
+    "CUDA",
+    _module,
+    (attention.OPERATION, packed_attention.OPERATION, cross_entropy.OPERATION),
+    gradient_in_forward=True,
 )
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor | tuple[Tensor, Tensor]:
     """As the reference; heads that the kernels or this GPU are too small for are left to it."""
-    if q.dtype == torch.float32 and q.shape[-1] > WIDE_HEAD_SIZE and not _has_room_for_wide_heads(q.device):
+    if _too_wide(q.dtype, q.shape[-1], q.device):
         return attention.reference(q, k, v, **options)
     return LIBRARY["causal_attention"](q, k, v, **options)  # type: ignore[no-any-return]
 
 
-FUNCTIONS = {"causal_attention": causal_attention, "softmax_cross_entropy": LIBRARY["softmax_cross_entropy"]}
+def packed_causal_attention(qkv: Tensor, **options: Any) -> Tensor:
+    """Likewise."""
+    if _too_wide(qkv.dtype, qkv.shape[-1] // (options["n_head"] + 2 * options["n_kv_head"]), qkv.device):
+        return packed_attention.reference(qkv, **options)
+    return LIBRARY["packed_causal_attention"](qkv, **options)  # type: ignore[no-any-return]
+
+
+FUNCTIONS: Mapping[str, Callable[..., Any]] = {
+    "causal_attention": causal_attention,
+    "packed_causal_attention": packed_causal_attention,
+    "softmax_cross_entropy": LIBRARY["softmax_cross_entropy"],
+}
+
+
+def _too_wide(dtype: torch.dtype, D: int, device: torch.device) -> bool:
+    return dtype == torch.float32 and D > WIDE_HEAD_SIZE and not _has_room_for_wide_heads(device)
 
 
 @assume_constant_result

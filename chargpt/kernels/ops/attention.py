@@ -83,20 +83,14 @@ def causal_attention(
     if not q.dtype == k.dtype == v.dtype and torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    _check(q, k, v, dropout_p, window)
-    if generator is not None and generator.device not in (torch.device("cpu"), q.device):
-        raise ValueError(f"the generator must be of the CPU or of {q.device}, got one of {generator.device}")
-    dropout_p = math.floor(dropout_p * UNIT) / UNIT
-    seed = None
-    if dropout_p > 0:
-        device = q.device if generator is None else generator.device
-        seed = torch.randint(2**63 - 1, (), generator=generator, device=device)
+    check(q, k, v, dropout_p, window)
+    dropout_p, seed = drawn_seed(dropout_p, generator, q.device)
     chosen = registry.function("causal_attention", q.device.type, q.dtype, impl)
     return chosen(  # type: ignore[no-any-return]
         q,
         k,
         v,
-        scale=1 / math.sqrt(q.shape[-1]) if scale is None else scale,
+        scale=usual_scale(q) if scale is None else scale,
         dropout_p=dropout_p,
         window=window,
         seed=seed,
@@ -104,7 +98,8 @@ def causal_attention(
     )
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, window: int | None) -> None:
+def check(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, window: int | None) -> None:
+    """Raise ValueError for what does not fit together, as `causal_attention` says."""
     if q.dim() != 4 or k.dim() != 4:
         raise ValueError(f"q must be (B, H, T, D) and k (B, H_kv, S, D), got {shape_of(q)} and {shape_of(k)}")
     if k.shape != v.shape:
@@ -125,6 +120,21 @@ def _check(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, window: int | None
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1 or None, got {window}")
+
+
+def drawn_seed(dropout_p: float, generator: Generator | None, device: torch.device) -> tuple[float, Tensor | None]:
+    """(dropout_p as the kernels know it, the seed of its mask), as `causal_attention` says."""
+    if generator is not None and generator.device not in (torch.device("cpu"), device):
+        raise ValueError(f"the generator must be of the CPU or of {device}, got one of {generator.device}")
+    dropout_p = math.floor(dropout_p * UNIT) / UNIT
+    if dropout_p == 0:
+        return dropout_p, None
+    where = device if generator is None else generator.device
+    return dropout_p, torch.randint(2**63 - 1, (), generator=generator, device=where)
+
+
+def usual_scale(q: Tensor) -> float:
+    return 1 / math.sqrt(q.shape[-1])
 
 
 # ------------------------------------------------------------------------------------------------------------ reference
@@ -189,12 +199,6 @@ def register(library: OperatorLibrary) -> Any:
     where `options` are the values of NAMES, and O, dQ, dK and dV come over (B, T, H, D) memory.
     """
 
-    def call(kernel: str, *arguments: Any) -> Any:
-        seed = arguments[-1]
-        if library.device == "CUDA" and seed is not None and seed.device.type == "cpu":
-            refuse_capture()
-        return getattr(library.kernels(), kernel)(*arguments)
-
     def differentiate(ctx: Any, out: Tensor | None, lse: Tensor | None) -> tuple[Tensor | None, ...]:
         *tensors, seed = ctx.saved_tensors
         gradients = library.ops.causal_attention_backward(out, lse, *tensors, *ctx.options, seed)
@@ -203,7 +207,7 @@ def register(library: OperatorLibrary) -> Any:
     library.define(
         "causal_attention",
         f"(Tensor q, Tensor k, Tensor v, {OPTIONS}) -> (Tensor out, Tensor lse)",
-        lambda *arguments: call("causal_attention_forward", *arguments),
+        lambda *arguments: call(library, "causal_attention_forward", *arguments),
         _fake_attend,
         (_save_for_attend, differentiate),
         lambda q, k, *_, **__: 2 * _product_flops(q, k),
@@ -213,7 +217,7 @@ def register(library: OperatorLibrary) -> Any:
         "(Tensor? out_gradient, Tensor? lse_gradient, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
         f"{OPTIONS}) -> (Tensor dq, Tensor dk, Tensor dv)",
         lambda dO, dlse, q, k, v, *rest: (
-            call("causal_attention_backward", dO, dlse, q, k, v, *rest)
+            call(library, "causal_attention_backward", dO, dlse, q, k, v, *rest)
             if q.numel() and k.numel()
             else tuple(torch.zeros_like(x) for x in (q, k, v))  # without queries no kernel would write dK and dV
         ),
@@ -243,6 +247,14 @@ def register(library: OperatorLibrary) -> Any:
         return outputs if return_lse else outputs[0]  # type: ignore[no-any-return]
 
     return attend
+
+
+def call(library: OperatorLibrary, kernel: str, *arguments: Any) -> Any:
+    """A kernel of attention, whose last argument is the seed."""
+    seed = arguments[-1]
+    if library.device == "CUDA" and seed is not None and seed.device.type == "cpu":
+        refuse_capture()
+    return getattr(library.kernels(), kernel)(*arguments)
 
 
 def _product_flops(q: Sequence[int], k: Sequence[int]) -> int:

@@ -57,17 +57,22 @@ def qkv_heads(
     )
 
 
-def _check(
-    qkv: Tensor, value_rows: Tensor | None, cos: Tensor | None, sin: Tensor | None, n_head: int, n_kv_head: int
-) -> None:
+def check_packed(qkv: Tensor, n_head: int, n_kv_head: int) -> None:
+    """Raise ValueError where qkv is not a packed projection of so many heads."""
     if n_head < 1 or n_kv_head < 1:
         raise ValueError(f"n_head and n_kv_head must be at least 1, got {n_head} and {n_kv_head}")
     heads = n_head + 2 * n_kv_head
     if qkv.dim() != 3 or qkv.shape[2] == 0 or qkv.shape[2] % heads:
         raise ValueError(f"qkv must be (B, T, {heads} D) with D at least 1, got {shape_of(qkv)}")
-    B, T, D = qkv.shape[0], qkv.shape[1], qkv.shape[2] // heads
     if not qkv.dtype.is_floating_point:
         raise ValueError(f"qkv must have a floating dtype, got {qkv.dtype}")
+
+
+def _check(
+    qkv: Tensor, value_rows: Tensor | None, cos: Tensor | None, sin: Tensor | None, n_head: int, n_kv_head: int
+) -> None:
+    check_packed(qkv, n_head, n_kv_head)
+    B, T, D = qkv.shape[0], qkv.shape[1], qkv.shape[2] // (n_head + 2 * n_kv_head)
     if value_rows is not None:
         if value_rows.shape != (B, T, n_kv_head * D) or not value_rows.dtype.is_floating_point:
             raise ValueError(

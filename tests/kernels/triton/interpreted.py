@@ -18,6 +18,7 @@ import triton.language as tl
 from triton import Config
 
 from chargpt.kernels.ops.add_norm import NORMS, normalised
+from chargpt.kernels.ops.packed_attention import split
 from chargpt.kernels.philox import dropout_keep_mask, philox_4x32, row_keep_mask
 from chargpt.kernels.backends.triton import add_norm, attention, cross_entropy, problem
 from chargpt.kernels.backends.triton.numerics import narrow
@@ -364,6 +365,23 @@ def test_a_scale_of_zero_and_strides_of_any_kind() -> None:
     assert not dq.any()
     assert not dk.any()
     torch.testing.assert_close(dv, (1 / torch.arange(1.0, 10)).flip(0).cumsum(0).flip(0)[:, None].expand(dv.shape))
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_gradients_are_written_where_they_are_asked_for(dropout_p: float) -> None:
+    """Into the memory of one packed projection, with the same bits."""
+    B, H, H_kv, T, D = 2, 4, 2, 21, 8
+    generator = torch.Generator().manual_seed(1)
+    qkv, packed = torch.randn(B, T, (H + 2 * H_kv) * D, generator=generator), torch.full((B, T, 8 * D), math.nan)
+    q, k, v = split(qkv, H, H_kv)
+    seed = torch.tensor(SEED) if dropout_p else None
+    options = (0.3, dropout_p, None, seed)
+    out, lse = attention.causal_attention_forward(q, k, v, *options)
+    dout = torch.randn(out.shape, generator=generator)
+    apart = attention.causal_attention_backward(dout, None, q, k, v, out, lse, *options)
+    attention.causal_attention_backward_into(*split(packed, H, H_kv), dout, q, k, v, out, lse, *options)
+    for got, expected in zip(split(packed, H, H_kv), apart, strict=True):
+        assert torch.equal(got, expected)
 
 
 @pytest.mark.parametrize("factor", [1.0, 0.25])

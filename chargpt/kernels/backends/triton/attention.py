@@ -362,18 +362,42 @@ def causal_attention_backward(
     dropout_p: float,
     window: int | None,
     seed: Tensor | None,
+    **tiles: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dQ, dK and dV, each over (batch, time, head, channel) memory. None as a gradient is zero."""
+    gradients = _empty_by_time(q), _empty_by_time(k), _empty_by_time(v)
+    do = out.new_zeros(()).expand_as(out) if out_gradient is None else out_gradient
+    causal_attention_backward_into(
+        *gradients, do, q, k, v, out, lse, scale, dropout_p, window, seed, lse_gradient=lse_gradient, **tiles
+    )
+    return gradients
+
+
+def causal_attention_backward_into(
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    dropout_p: float,
+    window: int | None,
+    seed: Tensor | None,
     *,
+    lse_gradient: Tensor | None = None,
     key_tiles: Config | None = None,
     query_tiles: Config | None = None,
     autotune: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dQ, dK and dV, each over (batch, time, head, channel) memory. None as a gradient is zero."""
+) -> None:
+    """Writes dQ, dK and dV to memory of any strides."""
     (B, H, T, D), (H_kv, S) = q.shape, k.shape[1:3]
-    do = out.new_zeros(()).expand_as(out) if out_gradient is None else out_gradient
     dlse = None if lse_gradient is None else lse_gradient.contiguous()
     lse = lse.contiguous()
     delta = torch.empty_like(lse)
-    dq, dk, dv = _empty_by_time(q), _empty_by_time(k), _empty_by_time(v)
     options = _options(q, k, dropout_p, window, seed) | {"scale": scale}
     with torch.cuda.device_of(q):
         if delta.numel() > 0:
@@ -397,7 +421,6 @@ def causal_attention_backward(
             (q, k, v, do, dq, lse, delta, dlse, *(x.stride() for x in (q, k, v, do, dq))),
             options,
         )
-    return dq, dk, dv
 
 
 def _empty_by_time(x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chargpt.kernels.ops import add_norm, attention, cross_entropy
+from chargpt.kernels.ops import add_norm, attention, cross_entropy, packed_attention
 from chargpt.kernels.ops.common import OperatorLibrary
 
 LONGEST_ROW = 4096  # of channels that a norm holds in registers
@@ -21,6 +21,7 @@ def kernels() -> SimpleNamespace:
     return SimpleNamespace(
         causal_attention_forward=attention.causal_attention_forward,
         causal_attention_backward=attention.causal_attention_backward,
+        causal_attention_backward_into=attention.causal_attention_backward_into,
         softmax_cross_entropy_forward=cross_entropy.softmax_cross_entropy_forward,
         softmax_cross_entropy_backward=cross_entropy.softmax_cross_entropy_backward,
         scale_=cross_entropy.scale_,
@@ -34,7 +35,7 @@ LIBRARY = OperatorLibrary(
     "chargpt_triton",
     "CUDA",
     kernels,
-    (attention.OPERATION, cross_entropy.OPERATION, add_norm.OPERATION),
+    (attention.OPERATION, packed_attention.OPERATION, cross_entropy.OPERATION, add_norm.OPERATION),
     gradient_in_forward=True,
 )
 
