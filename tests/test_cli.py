@@ -61,6 +61,25 @@ def commander(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
     return run
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("sample x --max-token 30", "chargpt sample has no '--max-token'; did you mean max-new-tokens?"),
+        ("sample x --length=30 --more", "chargpt sample has no '--length'; known: help, prompt, prompt-file, stream,"),
+        ("info x y", "chargpt info takes no 'x'; see chargpt info --help"),
+        ("info -- y", "chargpt info takes no 'y'; see chargpt info --help"),
+        ("info -q", "chargpt info has no '-q'; known: help, json, check"),
+        ("info --" + 5000 * "x", "chargpt info has no '--xxxxxxx"),
+    ],
+)
+def test_what_a_command_does_not_know_is_named_with_what_it_knows(chargpt: Chargpt, words: str, message: str) -> None:
+    code, out, err = chargpt(*words.split())
+    assert (code, out) == (2, "")
+    assert err.startswith(f"chargpt: error: {message}")
+    assert len(err) < 500
+    assert err.count("\n") == 1
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with my.txt (emoji and Cyrillic in it) and its finished run in runs/my."""

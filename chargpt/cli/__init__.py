@@ -7,12 +7,14 @@ import argparse
 
 from chargpt import __version__
 from chargpt.cli import compare, evaluate, info, sample, serve, train
+from chargpt.cli.parsing import refuse_unknown
 from chargpt.command import user_errors
 
 
 def main(argv: list[str] | None = None) -> None:
     with user_errors():  # around the heavy imports too: Ctrl-C while they load is an ordinary stop
-        arguments = build_parser().parse_args(argv)
+        arguments, unknown = build_parser().parse_known_args(argv)
+        refuse_unknown(arguments.parser, unknown)
         arguments.run(arguments)
 
 
