@@ -509,7 +509,8 @@ def test_dropout_acts_in_training_alone_and_comes_from_torchs_generator() -> Non
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_dropout_stands_at_every_site(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("position", ["learned", "rotary"])
+def test_dropout_stands_at_every_site(position: str, training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """After the embeddings, in attention, and where each branch joins the stream."""
     joined, attended = [], []
 
@@ -521,9 +522,14 @@ def test_dropout_stands_at_every_site(training: bool, monkeypatch: pytest.Monkey
         attended.append(dropout_p)
         return q
 
+    def attend_packed(qkv: torch.Tensor, n_head: int, n_kv_head: int, dropout_p: float, impl: str) -> torch.Tensor:
+        attended.append(dropout_p)
+        return qkv[..., :16]
+
+    monkeypatch.setattr(transformer, "packed_causal_attention", attend_packed)
     monkeypatch.setattr(transformer, "add_norm", join)
     monkeypatch.setattr(transformer, "causal_attention", attend)
-    model = build_model(tiny(dropout=0.3), V, seed=0).train(training)
+    model = build_model(tiny(dropout=0.3, position=position), V, seed=0).train(training)
     model.hidden(batch()[0])
     p = 0.3 if training else 0.0
     assert joined == [(i == 0, (3, 7, 16), p) for i in range(5)]

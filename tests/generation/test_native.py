@@ -15,6 +15,7 @@ from chargpt.config import BigramConfig, SampleConfig, TransformerConfig
 from chargpt.errors import ChargptError, ConfigError
 from chargpt.generation import NativeDecoder, choose_engine, generate_text, native, stream_tokens, why_not
 from chargpt.kernels import native as modules
+from chargpt.kernels.ops.packed_attention import split
 from chargpt.models import Ensemble, LanguageModel, Transformer, build_model, transformer
 from chargpt.tokenizers import CharacterTokenizer
 
@@ -114,8 +115,12 @@ def rounded(
         weights = half((scores - scores.amax(-1, keepdim=True)).exp())
         return weights @ v / weights.sum(-1, keepdim=True)
 
+    def packed(qkv: torch.Tensor, n_head: int, n_kv_head: int, **_: Any) -> torch.Tensor:
+        return attention(*split(qkv, n_head, n_kv_head)).transpose(1, 2).flatten(2)
+
     with monkeypatch.context() as patch:
         patch.setattr(transformer, "causal_attention", attention)
+        patch.setattr(transformer, "packed_causal_attention", packed)
         return recomputed(exact, held), wanted
 
 

@@ -9,6 +9,7 @@ import torch
 
 from chargpt.config import BigramConfig, SampleConfig, TransformerConfig
 from chargpt.generation import stream_tokens
+from chargpt.kernels.ops.packed_attention import split
 from chargpt.models import Ensemble, Transformer
 from chargpt.serve.look import held, look
 from serving import CONFIG, TOKENIZER, Served, made
@@ -65,9 +66,13 @@ def test_attention_is_the_softmax_of_the_last_query(name: str, length: int) -> N
         seen.append(weights[0, :, -1])
         return (weights @ v.double().repeat_interleave(q.size(1) // v.size(1), 1)).float()
 
+    def watch_packed(qkv: torch.Tensor, n_head: int, n_kv_head: int, **_: object) -> torch.Tensor:
+        return watch(*split(qkv, n_head, n_kv_head)).transpose(1, 2).flatten(2)
+
     mask = torch.ones(length, length, dtype=torch.bool).triu(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("chargpt.models.transformer.causal_attention", watch)
+        patch.setattr("chargpt.models.transformer.packed_causal_attention", watch_packed)
         with torch.no_grad():
             model.hidden(torch.tensor([tokens]))
     torch.testing.assert_close(place.attention.double(), torch.stack(seen), rtol=1e-4, atol=1e-5)
