@@ -1,8 +1,6 @@
 """Whether the C++ decoder is right and fast on the CPU at hand: what `chargpt info --check` asks beside the kernels."""
 
 import dataclasses
-import math
-import time
 from typing import cast
 
 import torch
@@ -11,7 +9,7 @@ from chargpt.config import SampleConfig, TransformerConfig
 from chargpt.config.presets import PRESETS
 from chargpt.generation.native import PRECISIONS, NativeDecoder
 from chargpt.generation.sampler import stream_tokens
-from chargpt.kernels.check import Finding
+from chargpt.kernels.check import Finding, ratio
 from chargpt.models import Transformer
 
 ALLOWED = {"fp32": 1e-4, "bf16": 0.02, "int8": 0.06}  # error of the logits, relative to their size
@@ -55,16 +53,15 @@ def _model(config: TransformerConfig) -> Transformer:
 
 
 def _speed(model: Transformer) -> float:
-    """Of the least times, in turns, so that other work on the machine does not decide."""
-    config, least = SampleConfig(max_new_tokens=TOKENS, seed=1), [math.inf, math.inf]
-    decoder = NativeDecoder(model, 1, "int8")
-    for _ in range(ROUNDS):
-        begin = time.perf_counter()
+    config, decoder = SampleConfig(max_new_tokens=TOKENS, seed=1), NativeDecoder(model, 1, "int8")
+
+    def by_torch() -> None:
         for _ in stream_tokens(model, torch.zeros(1, 1, dtype=torch.int64), config):
             pass
-        middle = time.perf_counter()
+
+    def natively() -> None:
         decoder.begin([[0]], config)
         for _ in decoder.generate(TOKENS):
             pass
-        least = [min(least[0], middle - begin), min(least[1], time.perf_counter() - middle)]
-    return least[0] / least[1]
+
+    return ratio(by_torch, natively, ROUNDS)

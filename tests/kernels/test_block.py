@@ -16,7 +16,7 @@ from torch import Tensor
 from chargpt.kernels import activation, add_norm, causal_attention, qkv_heads
 from chargpt.kernels.philox import row_keep_mask
 
-from .cases import DRAWS, _seed, assert_as_right_as_torch, implementations, naive_keep
+from .cases import DRAWS, assert_as_right_as_torch, case_seed, implementations, naive_keep
 
 IMPLEMENTATIONS = implementations("add_norm")
 LOWER_PRECISION = implementations("add_norm", torch.float32, torch.bfloat16)
@@ -26,7 +26,7 @@ Outputs = tuple[Tensor, ...]
 
 
 def draw(name: str, number: int, *shape: int) -> Tensor:
-    generator = torch.Generator().manual_seed(_seed(name) + number)
+    generator = torch.Generator().manual_seed(case_seed(name) + number)
     return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
