@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -49,6 +50,7 @@ class BuildNative(build_ext):
         package = Path("chargpt") if self.inplace else Path(self.build_lib, "chargpt")
         package.mkdir(parents=True, exist_ok=True)
         record: dict[str, str | None] = {"python": platform.python_version(), "torch": None, "cuda": None}
+        record["sources"] = runpy.run_path("chargpt/kernels/sources.py")["digest"](Path("csrc"))
         try:
             record["torch"] = require_torch()
         except NotBuiltError as problem:

@@ -37,11 +37,11 @@ class RunInterruptedError(ChargptError):
     """The run was asked to stop (Ctrl-C, SIGTERM) and has saved its state."""
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint for an error: the nearest known name, or all of them."""
+def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """A hint for an error: the nearest known name, or all of them, each behind `prefix`."""
     known = list(known)
     match = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {match[0]}?" if match else f"; known: {', '.join(known)}"
+    return f"; did you mean {prefix}{match[0]}?" if match else f"; known: {', '.join(prefix + one for one in known)}"
 
 
 class _Bounded(reprlib.Repr):

@@ -64,11 +64,18 @@ def commander(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("sample x --max-token 30", "chargpt sample has no '--max-token'; did you mean max-new-tokens?"),
-        ("sample x --length=30 --more", "chargpt sample has no '--length'; known: help, prompt, prompt-file, stream,"),
+        ("sample x --max-token 30", "chargpt sample has no '--max-token'; did you mean --max-new-tokens?"),
+        (
+            "sample x --length=30 --more",
+            "chargpt sample has no '--length'; known: --help, --prompt, --prompt-file, --stream,",
+        ),
         ("info x y", "chargpt info takes no 'x'; see chargpt info --help"),
         ("info -- y", "chargpt info takes no 'y'; see chargpt info --help"),
-        ("info -q", "chargpt info has no '-q'; known: help, json, check"),
+        ("info -q", "chargpt info has no '-q'; known: --help, --json, --check"),
+        ("--json info", "options come after the command: chargpt info --json …"),
+        ("--device=cpu train x.txt", "options come after the command: chargpt train --device=cpu …"),
+        ("info -- --json", "chargpt info takes no '--json'; see chargpt info --help"),
+        ("info -", "chargpt info takes no '-'; see chargpt info --help"),
         ("info --" + 5000 * "x", "chargpt info has no '--xxxxxxx"),
     ],
 )

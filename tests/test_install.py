@@ -15,6 +15,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from chargpt.kernels import native
+from chargpt.kernels.sources import digest
 
 ROOT = Path(__file__).parents[1]
 GOOD = {"python": platform.python_version(), "torch": torch.__version__, "problem": None}
@@ -51,6 +52,25 @@ def test_a_module_that_does_not_fit_is_refused_in_one_line(
     assert loaded.problem is not None
     assert sentence in loaded.problem
     assert "\n" not in loaded.problem
+
+
+def test_a_module_of_other_sources_is_refused(tmp_path: Path) -> None:
+    """As after `git pull`: it may lack a function, or compute what the code of today does not expect."""
+    csrc, package = tmp_path / "csrc", tmp_path / "chargpt"
+    for folder in (csrc / "cpu", csrc / "tests", package):
+        folder.mkdir(parents=True)
+    (csrc / "cpu" / "kernel.cpp").write_text("int x;")
+    path = record(package, sources=digest(csrc))
+    assert native.check_record(path) is None
+    for ignored in ("notes.md", "tests/kernel_test.cpp"):
+        (csrc / ignored).write_text("…")
+    assert native.check_record(path) is None
+    for name, text in (("kernel.cpp", "int y;"), ("other.h", "int x;")):
+        before = digest(csrc)
+        (csrc / "cpu" / name).write_text(text)
+        assert "was built from other sources than those in" in str(native.check_record(path))
+        assert digest(csrc) != before
+    assert "was built from other sources" in str(native.check_record(record(package)))  # which did not record them
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", "null", '{"python": 3}', "\udcff"])

@@ -10,7 +10,6 @@ from benchmarks.gpu.program import Program
 from chargpt.config import OptimizerConfig, ScheduleConfig, TrainConfig, TransformerConfig
 from chargpt.models import LanguageModel, build_model
 from chargpt.models.cache import LayerCache
-from chargpt.models.tied import Tie
 from chargpt.models.transformer import CausalSelfAttention, Transformer
 from chargpt.runtime import Runtime
 from chargpt.training.optim import build_optimizers
@@ -35,7 +34,7 @@ class TorchAttention(CausalSelfAttention):
 class TorchTransformer(Transformer):
     """The same model on F.cross_entropy."""
 
-    def loss(self, h: Tensor, targets: Tensor, reduction: str = "mean", tie: Tie | None = None) -> Tensor:
+    def loss(self, h: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
         return F.cross_entropy(self.logits(h).flatten(0, -2), targets.flatten(), reduction=reduction)
 
 

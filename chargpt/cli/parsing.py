@@ -1,6 +1,8 @@
 """What the commands' parsers share."""
 
 import argparse
+import itertools
+import re
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
@@ -30,12 +32,14 @@ def command(
 
 def refuse_unknown(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
     """Raise ConfigError for words that a command's parser left over."""
-    words = [word for word in words if word != "--"]
-    for word in words:
-        if word.startswith("-"):
-            option = word.partition("=")[0]
-            names = [name for action in parser._actions for name in action.option_strings]
-            known = [name[2:] for name in names if name.startswith("--")]
-            raise ConfigError(f"{parser.prog} has no {shown(option)}{nearest(option.lstrip('-'), known)}")
-    if words:
-        raise ConfigError(f"{parser.prog} takes no {shown(words[0])}; see {parser.prog} --help")
+    known = [name for action in parser._actions for name in action.option_strings]
+    options = list(itertools.takewhile(lambda word: word != "--", words))
+    for word in options:
+        option = word.partition("=")[0]
+        if option in known:
+            raise ConfigError(f"options come after the command: {parser.prog} {shown(word)[1:-1]} …")
+        if re.match("--?[a-zA-Z]", option):
+            hint = nearest(option.lstrip("-"), [name[2:] for name in known if name.startswith("--")], "--")
+            raise ConfigError(f"{parser.prog} has no {shown(option)}{hint}")
+    for word in (*options, *words[len(options) + 1 :]):
+        raise ConfigError(f"{parser.prog} takes no {shown(word)}; see {parser.prog} --help")

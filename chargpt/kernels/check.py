@@ -108,7 +108,7 @@ def _cases(device: str) -> dict[str, list[Case]]:
             *map(cross_entropy, CROSS_ENTROPY_CASES),
             cross_entropy(CrossEntropyCase("small_model", shape=(768,))),
         ],
-        "linear_cross_entropy": [head(5, 33, 65), head(300, 16, 50257)],
+        "linear_cross_entropy": [head(5, 33, 65), head(510, 8, 50257), head(300, 16, 50257)],  # in parts on a CPU
         "add_norm": [
             *(norm(N, C, kind, p) for N, C in ((1, 1), (40, 65)) for kind in NORMS for p in (0.0, 0.3)),
             norm(768, 128, "layernorm", 0.0),

@@ -18,6 +18,7 @@ import torch
 
 from chargpt.errors import ChargptError, ConfigError, shown
 from chargpt.files import replaced_file
+from chargpt.kernels import sources
 
 RECORD = Path(__file__).parents[1] / "_native.json"  # written by setup.py next to the modules
 INSTRUCTION_SETS = ("plain", "avx2", "avx512", "avx512_bf16", "amx")  # csrc/cpu/simd/isa.h
@@ -74,11 +75,11 @@ def cpu_kind() -> str:
 
 
 def checked(backend: str, kind: str) -> bool | None:
-    """Whether `chargpt info --check` found it right and fast on this kind of device; None: not with this torch."""
+    """Whether `chargpt info --check` found it right and fast on this kind of device; None: not this code, or torch."""
     built = _read(RECORD)
     entries = built.get("checked") if isinstance(built, dict) else None
     entry = entries.get(f"{backend} {kind}") if isinstance(entries, dict) else None
-    if not isinstance(entry, dict) or entry.get("torch") != torch.__version__:
+    if not isinstance(entry, dict) or any(entry.get(key) != value for key, value in _code().items()):
         return None
     return entry.get("passed") is True
 
@@ -101,9 +102,19 @@ def record_check(backend: str, kind: str, passed: bool, **found: Any) -> None:
     built = require_record()
     entries = built.get("checked")
     entries = dict(entries) if isinstance(entries, dict) else {}
-    entries[f"{backend} {kind}"] = {"passed": passed, "torch": torch.__version__} | found
+    entries[f"{backend} {kind}"] = {"passed": passed} | _code() | found
     with replaced_file(RECORD) as file:
         file.write((json.dumps(built | {"checked": entries}) + "\n").encode())
+
+
+def _code() -> dict[str, str]:
+    """What a check holds for, beside the native modules, whose build it is kept with."""
+    return {"torch": torch.__version__, "kernels": _digest_of_kernels()}
+
+
+@functools.cache
+def _digest_of_kernels() -> str:
+    return sources.digest(Path(__file__).parent, {".py"})
 
 
 def check_record(record: Path) -> str | None:
@@ -112,7 +123,7 @@ def check_record(record: Path) -> str | None:
     if isinstance(built, str):
         return built
     problem = built["problem"]
-    return f"the native module was not built: {problem}" if problem is not None else _mismatch(built)
+    return f"the native module was not built: {problem}" if problem is not None else _mismatch(built, record)
 
 
 def check_cuda_record(record: Path) -> str | None:
@@ -122,7 +133,7 @@ def check_cuda_record(record: Path) -> str | None:
         return built
     if not built.get("cuda"):
         return f"the CUDA kernels were not built: {built.get('cuda_problem') or built['problem'] or REBUILD}"
-    return _mismatch(built)
+    return _mismatch(built, record)
 
 
 def _read(record: Path) -> dict[str, Any] | str:
@@ -137,12 +148,15 @@ def _read(record: Path) -> dict[str, Any] | str:
     return built  # type: ignore[no-any-return]
 
 
-def _mismatch(built: dict[str, Any]) -> str | None:
+def _mismatch(built: dict[str, Any], record: Path) -> str | None:
     python, built_torch = built["python"], built["torch"]
     if python.split(".")[:2] != platform.python_version().split(".")[:2]:
         return f"the native module was built for Python {python}, this is {platform.python_version()}; {REBUILD}"
     if built_torch != torch.__version__:
         return f"the native module was built against torch {built_torch}, this is {torch.__version__}; {REBUILD}"
+    csrc = record.parents[1] / "csrc"  # of a checkout; a wheel has its sources inside the module alone
+    if csrc.is_dir() and built.get("sources") != sources.digest(csrc):
+        return f"the native module was built from other sources than those in {csrc}; {REBUILD}"
     return None
 
 

@@ -24,7 +24,7 @@ from chargpt.kernels import (
 )
 from chargpt.models.base import LanguageModel
 from chargpt.models.cache import Cache, LayerCache, TransformerCache
-from chargpt.models.tied import Tie, TiedEmbedding
+from chargpt.models.tied import embed_and_keep, pays
 
 BIGRAM_ROWS = 2**16  # the most that a table of token pairs takes
 
@@ -185,7 +185,7 @@ class Transformer(LanguageModel):
         seed = int(torch.randint(2**62, ()))  # before any part draws, so that the parts do not matter to it
         self.config, self.vocab_size, self.backend = config, vocab_size, backend
         self.block_size, self.width = config.block_size, config.n_embd  # tokens of context; C
-        self.token_embedding = TiedEmbedding(vocab_size, config.n_embd)
+        self.token_embedding = nn.Embedding(vocab_size, config.n_embd)
         self.bigram_embedding = (
             nn.Embedding(min(vocab_size**2, BIGRAM_ROWS), config.n_embd) if config.bigram_embeddings else None
         )
@@ -200,20 +200,23 @@ class Transformer(LanguageModel):
         return TransformerCache(self.config.n_layer, self.block_size)
 
     def forward(self, idx: torch.Tensor, targets: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
-        embedding = self.token_embedding  # or another module, that replaced it
-        if self.head is not None or not isinstance(embedding, TiedEmbedding) or not embedding.pays(idx):
+        parts = self.hidden, self.loss, self._head  # a subclass, or an object, may have its own
+        own = tuple(getattr(part, "__func__", None) for part in parts) == _PARTS
+        if self.head is not None or not own or not pays(self.token_embedding, idx):
             return super().forward(idx, targets, reduction)
-        tie = Tie()
-        return self.loss(self.hidden(idx, tie=tie), targets, reduction, tie)
+        x, table = embed_and_keep(self.token_embedding.weight, idx)
+        return self._loss(self._hidden(x, idx), targets, reduction, table, None)
 
-    def hidden(self, idx: torch.Tensor, cache: Cache | None = None, tie: Tie | None = None) -> torch.Tensor:
-        """What the head reads for each of `idx` (B, T): (B, T, C). `tie`: for the `loss` of the same pass."""
+    def hidden(self, idx: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
+        """What the head reads for each of `idx` (B, T): (B, T, C)."""
+        return self._hidden(self.token_embedding(idx), idx, cache)
+
+    def _hidden(self, x: torch.Tensor, idx: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:  # x (B, T, C)
         assert cache is None or isinstance(cache, TransformerCache)
         T, length = idx.size(1), 0 if cache is None else cache.length
         if self.block_size < length + T:
             raise ValueError(f"{length + T} tokens were fed to a model whose block_size is {self.block_size}")
         start = length if cache is None or cache.position is None else cache.position
-        x = self.token_embedding(idx) if tie is None else self.token_embedding(idx, tie)  # (B, T, C)
         if self.bigram_embedding is not None:
             x = x + self.bigram_embedding(self._bigrams(idx, None if cache is None else cache.last))
         if self.position_embedding is not None:
@@ -230,7 +233,7 @@ class Transformer(LanguageModel):
         _, x = self.norm(stream, branch)
         if cache is not None and cache.position is None:
             cache.length, cache.last = length + T, idx[:, -1:]
-        return x  # type: ignore[no-any-return]
+        return x
 
     def logits(self, h: torch.Tensor) -> torch.Tensor:
         """Logits (…, V) for the token after each of the hidden states (…, C)."""
@@ -239,13 +242,13 @@ class Transformer(LanguageModel):
         cap = self.config.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
-    def loss(
-        self, h: torch.Tensor, targets: torch.Tensor, reduction: str = "mean", tie: Tie | None = None
-    ) -> torch.Tensor:
+    def loss(self, h: torch.Tensor, targets: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
         """Cross-entropy in nats of `targets` (…) after the hidden states (…, C); () for "mean" or "sum", else (…)."""
-        weight, bias = self._head()
-        if tie is not None and tie.table is not None:
-            weight = tie.table
+        return self._loss(h, targets, reduction, *self._head())
+
+    def _loss(
+        self, h: torch.Tensor, targets: torch.Tensor, reduction: str, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
         cap = self.config.logit_softcap
         return linear_cross_entropy(h, weight, targets, bias, softcap=cap, reduction=reduction, impl=self.backend)
 
@@ -287,3 +290,6 @@ class Transformer(LanguageModel):
                 nn.init.uniform_(module.weight, -bound, bound, generator=generator)
             if bias is not None:
                 nn.init.zeros_(bias)
+
+
+_PARTS = Transformer.hidden, Transformer.loss, Transformer._head

@@ -36,7 +36,7 @@ def training_step(
         losses.append(backward(model, idx, targets, config, runtime, teacher))
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     norm = nn.utils.get_total_norm(gradients)
-    # Within the limit the gradients would be multiplied by exactly 1. A GPU's norm is not waited for.
+    # Within the limit the factor is 1, but for its rounding. A GPU's norm is not waited for.
     if config.grad_clip is not None and not (norm.is_cpu and norm + 1e-6 <= config.grad_clip):
         nn.utils.clip_grads_with_norm_(model.parameters(), config.grad_clip, norm)
     for optimizer in optimizers:

@@ -70,6 +70,7 @@ class AttentionNode : public torch::autograd::Function<AttentionNode> {
     const auto seed = data["seed"].toOptional<Tensor>();
     std::tuple<Tensor, Tensor, Tensor> inputs;
     if (needs_operators(gradients[0], gradients[1])) {
+      refuse_tangents(gradients[0], gradients[1]);
       static const auto differentiable_backward =
           c10::Dispatcher::singleton()
               .findSchemaOrThrow("chargpt::causal_attention_backward", "")

@@ -59,6 +59,7 @@ class ActivationNode : public torch::autograd::Function<ActivationNode> {
     const Tensor x = context->get_saved_variables()[0];
     const int64_t kind = context->saved_data["kind"].toInt();
     if (!needs_operators(gradients[0])) return {activation_backward_of(gradients[0], x, kind), Tensor()};
+    refuse_tangents(gradients[0]);
     static const auto differentiable_backward = c10::Dispatcher::singleton()
                                                     .findSchemaOrThrow("chargpt::activation_backward", "")
                                                     .typed<Tensor(const Tensor&, const Tensor&, int64_t)>();

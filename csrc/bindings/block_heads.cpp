@@ -122,6 +122,7 @@ class QkvHeadsNode : public torch::autograd::Function<QkvHeadsNode> {
       const auto [dqkv, dvalue_rows] = join_heads(dq, dk, dv, qkv, cos, sin, options, value_type);
       return {dqkv, dvalue_rows, Tensor(), Tensor(), Tensor()};
     }
+    refuse_tangents(dq, dk, dv);
     static const auto differentiable_backward =
         c10::Dispatcher::singleton()
             .findSchemaOrThrow("chargpt::qkv_heads_backward", "")

@@ -215,6 +215,7 @@ class AddNormNode : public torch::autograd::Function<AddNormNode> {
                     .wants_x = values[2].toBool(),
                     .y_type = std::nullopt};
     if (y_code >= 0) saved.y_type = static_cast<at::ScalarType>(y_code);
+    refuse_tangents(dnormed, dsum);
     const NormGradients found = needs_operators(dnormed, dsum) ? differentiable_backward(dsum, dnormed, saved, kept[4])
                                                                : normalise_backward(dsum, dnormed, saved);
     return {saved.wants_x ? found.dx : Tensor(), saved.y_type ? found.dy : Tensor(), found.dweight, found.dbias,

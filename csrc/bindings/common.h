@@ -66,6 +66,13 @@ bool needs_operators(const Tensors&... gradients) {
   return at::GradMode::is_enabled() || ((gradients.defined() && !is_plain(gradients)) || ...);
 }
 
+// A tangent of forward-mode AD that comes with the gradients alone: the operators would lose it without a word.
+template <class... Tensors>
+void refuse_tangents(const Tensors&... gradients) {
+  TORCH_CHECK_NOT_IMPLEMENTED(!((gradients.defined() && gradients._fw_grad(0).defined()) || ...),
+                              "the backward of the C++ kernels has no forward-mode AD; take backend=torch for it");
+}
+
 template <class... Tensors>
 bool needs_gradient(const Tensors&... tensors) {
   return at::GradMode::is_enabled() && ((tensors.defined() && tensors.requires_grad()) || ...);

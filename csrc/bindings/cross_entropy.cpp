@@ -220,6 +220,7 @@ class CrossEntropyNode : public torch::autograd::Function<CrossEntropyNode> {
         {values[0].toInt(), values[1].toDouble(), values[2].toDouble(), values[3].toDouble()},
         static_cast<Reduction>(values[4].toInt())};
     if (!differentiable) return bindings::backward(loss_gradient, saved[0], saved[1], saved[2], arguments);
+    refuse_tangents(loss_gradient);
     static const auto differentiable_backward =
         c10::Dispatcher::singleton()
             .findSchemaOrThrow("chargpt::softmax_cross_entropy_backward", "")

@@ -225,6 +225,33 @@ class TestAround:
         assert outs[0].tangent is not None
         torch.testing.assert_close(outs[0].tangent, outs[1].tangent)
 
+    def test_a_tangent_of_the_gradient_alone_is_kept_or_refused(self, operation: str, impl: str) -> None:
+        """Never lost: where forward-mode AD begins behind the operation, the backward is the first to see it."""
+        x, f = OPERATIONS[operation]
+
+        def tangent(name: str) -> Tensor | None:
+            leaf = x.clone().requires_grad_()
+            out = f(leaf, impl=name)
+            upstream = torch.linspace(-1, 2, out.numel(), dtype=out.dtype).view(out.shape)
+            with forward_ad.dual_level():
+                dual = forward_ad.make_dual(torch.ones_like(out), upstream)
+                return forward_ad.unpack_dual(torch.autograd.grad(out, leaf, dual)[0]).tangent  # type: ignore[no-any-return]
+
+        try:
+            wanted = tangent("torch")
+        except NotImplementedError as error:
+            pytest.skip(f"torch has none either: {error}")
+        assert wanted is not None
+        try:
+            got = tangent(impl)
+        except NotImplementedError as error:
+            refusal = str(error)
+        else:
+            assert got is not None
+            torch.testing.assert_close(got, wanted)
+            return
+        assert "has no forward-mode AD; take backend=torch" in refusal
+
     def test_batched_gradients(self, operation: str, impl: str) -> None:
         x, f = OPERATIONS[operation]
         found = []

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._inductor.utils import get_first_incompatible_cudagraph_node
+from torch.autograd import forward_ad
 
 from chargpt.kernels.backends import cuda
 from chargpt.kernels.backends.triton import backend as triton
@@ -273,6 +274,15 @@ def test_torch_func_gets_the_reference() -> None:
     q, k, v = (x.detach() for x in AttentionCase("func").inputs())
     torch.func.grad(lambda q: attention(AttentionCase("func"), q, k, v)[0].sum())(q)
     assert not calls
+
+
+def test_a_tangent_that_comes_with_the_gradient_is_refused() -> None:
+    q, k, v = AttentionCase("tangent").inputs()
+    out = attention(AttentionCase("tangent"), q, k, v)[0]
+    with forward_ad.dual_level():
+        upstream = forward_ad.make_dual(torch.ones_like(out), torch.ones_like(out))
+        with pytest.raises(NotImplementedError, match="has no forward-mode AD; take backend=torch"):
+            torch.autograd.grad(out, q, upstream)
 
 
 def test_attention_compiles_into_one_graph() -> None:

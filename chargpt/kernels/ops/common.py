@@ -71,7 +71,14 @@ class OperatorLibrary:
         torch.library.register_fake(qualified, fake, lib=self._library)
         if autograd is not None:
             save, differentiate = autograd
-            torch.library.register_autograd(qualified, differentiate, setup_context=save, lib=self._library)
+
+            def refusing_tangents(ctx: Any, *gradients: Tensor | None) -> Any:
+                # Of forward-mode AD, where they come with the gradients alone: they would be lost without a word.
+                if any(x is not None and has_tangent(x) for x in gradients):
+                    raise NotImplementedError("the kernels' backward has no forward-mode AD; take backend=torch for it")
+                return differentiate(ctx, *gradients)
+
+            torch.library.register_autograd(qualified, refusing_tangents, setup_context=save, lib=self._library)
         if flops is not None:
             self._flops[getattr(self.ops, name)] = flops
 
@@ -111,7 +118,12 @@ def has_usual_form(x: Tensor) -> bool:
     """
     if not has_usual_type(x) or x.layout is not torch.strided or x.is_quantized or x.is_nested or x.numel() == 0:
         return False
-    return forward_ad._current_level < 0 or forward_ad.unpack_dual(x).tangent is None  # type: ignore[no-untyped-call]
+    return not has_tangent(x)
+
+
+def has_tangent(x: Tensor) -> bool:
+    """Whether forward-mode AD gave x a tangent."""
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None  # type: ignore[no-untyped-call]
 
 
 def is_batched(x: Tensor) -> bool:
