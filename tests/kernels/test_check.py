@@ -4,6 +4,7 @@ import json
 import platform
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,16 @@ def test_the_kernels_here_pass(small: None) -> None:
     assert all(one.speed > 0 and one.checks >= 2 for one in found.values())
 
 
+def test_the_ratio_of_speeds_is_that_of_the_least_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, took = [0.0], {"slow": iter([9.0, 6.0, 7.0]), "fast": iter([2.0, 3.0, 2.5])}
+
+    def work(name: str) -> None:
+        clock[0] += next(took[name])
+
+    monkeypatch.setattr(check.time, "perf_counter", lambda: clock[0])
+    assert check.ratio(partial(work, "slow"), partial(work, "fast"), 3) == 3.0
+
+
 @needs_cpp
 @pytest.mark.parametrize("operation", sorted(OPERATIONS - {"linear_cross_entropy"}))
 @pytest.mark.parametrize(
@@ -123,7 +134,7 @@ def test_a_kernel_that_fails_is_a_finding(small: None, monkeypatch: pytest.Monke
 
 @needs_cpp
 def test_a_wrong_decoder_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert decoding.check().problems == []
+    assert (decoding.check().problems, decoding.check().checks) == ([], 6)
     monkeypatch.setattr(decoding, "ALLOWED", dict.fromkeys(decoding.ALLOWED, 1e-9))
     assert len(decoding.check().problems) == 6
     assert "int8" in decoding.check().problems[2]

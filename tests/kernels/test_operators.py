@@ -276,6 +276,25 @@ def test_torch_func_gets_the_reference() -> None:
     assert not calls
 
 
+class Heads:
+    @staticmethod
+    def qkv_heads_forward(qkv: Tensor, *_: Any) -> list[Tensor]:
+        return [x.clone() for x in qkv.unflatten(-1, (3, 4)).transpose(1, 2).split(1, 1)]  # type: ignore[no-untyped-call]
+
+
+HEADS = OperatorLibrary("chargpt_test_heads", "CPU", Heads, (OPERATIONS["qkv_heads"],))
+
+
+@pytest.mark.parametrize("qk_norm", [True, False])
+def test_the_projection_is_kept_for_the_norm_alone(qk_norm: bool) -> None:
+    """Of heads that are only split the backward needs no values."""
+    kept: list[torch.Size] = []
+    qkv = torch.randn(2, 5, 12, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape), lambda x: x):
+        HEADS.ops.qkv_heads(qkv, None, None, None, 1, 1, qk_norm)
+    assert kept == [qkv.shape] * qk_norm
+
+
 def test_a_tangent_that_comes_with_the_gradient_is_refused() -> None:
     q, k, v = AttentionCase("tangent").inputs()
     out = attention(AttentionCase("tangent"), q, k, v)[0]

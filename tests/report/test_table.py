@@ -178,6 +178,25 @@ def test_the_picture_is_a_png_with_something_drawn_in_it(tmp_path: Path) -> None
     assert [path.name for path in picture.parent.iterdir()] == ["curves.png"]
 
 
+def test_the_picture_shows_all_points_but_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of which a logarithmic axis knows nothing."""
+    from matplotlib.figure import Figure
+
+    drawn: list[list[float]] = []
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *_, **__: drawn.extend(list(line.get_xdata()) for line in self.axes[0].lines)
+    )
+    points = read_curve(curve(tmp_path / "1.csv", LINES), {})
+    plot_curves({"a": [points]}, tmp_path / "curves.png")
+    train, val = ([p.tokens for p in points if p.tokens > 0 and loss(p) is not None] for loss in LOSSES)
+    assert drawn == [train, val]
+    assert train
+    assert val
+
+
+LOSSES = (lambda point: point.train_loss, lambda point: point.val_loss)
+
+
 def test_a_picture_of_more_variants_than_colours(tmp_path: Path) -> None:
     path = read_curve(curve(tmp_path / "1.csv", LINES), {})
     plot_curves({"a": [path]}, tmp_path / "one.png")

@@ -432,6 +432,7 @@ def test_the_page_is_small_and_lets_nothing_else_in(served: Served) -> None:
         assert "unsafe" not in policy
         assert policy.startswith("default-src 'none'")
         assert answer.headers["x-content-type-options"] == "nosniff"
+        assert "server" not in answer.headers
     assert size <= 60_000
     assert served.get("/page.py").status_code == 404
     assert served.get("/..%2fapi.py").status_code == 404

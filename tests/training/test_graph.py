@@ -44,9 +44,16 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[graph.Step]:
 def test_a_recorded_run_ends_with_the_same_bits(
     case: str, recorded: list[graph.Step], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = override(runs.CASES[case], EXACT)
+    config, aside = override(runs.CASES[case], EXACT), []
+
+    def run_aside(step: graph.Step) -> tuple[torch.Tensor, torch.Tensor]:
+        aside.append(len(recorded))
+        return step()
+
+    monkeypatch.setattr(graph, "run_aside", run_aside)
     runs.train(tmp_path / "graph", config)
     assert len(recorded) == 1
+    assert aside == [0] * graph.WARM_UP
     monkeypatch.setattr(trainer, "resolve_runtime", resolve_runtime)
     runs.train(tmp_path / "eager", config)
     assert runs.result(tmp_path / "graph") == runs.result(tmp_path / "eager")

@@ -344,6 +344,14 @@ def test_overfitting_is_found_once_where_validation_rises_and_training_falls(
     assert not training.overfits(history[:1])
 
 
+def test_overfitting_compares_means_of_training_losses_however_many_there_are() -> None:
+    history = [point(0, val=4.0)]
+    for i, (val, train, count) in enumerate([(2.0, 1.5, 1), (2.1, 1.4, 2), (2.2, 1.3, 3), (2.3, 1.2, 4)]):
+        history += [point(10 * i + n, train=train) for n in range(1, count + 1)]
+        history.append(point(10 * i + 5, val=val))
+    assert training.overfits(history)
+
+
 def test_evaluations_while_training_score_the_first_tokens_and_the_result_all_of_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
