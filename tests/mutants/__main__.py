@@ -54,7 +54,11 @@ NEAR = {
     "console": ["tests/training/test_trainer.py", "tests/test_cli.py"],
     "experiment": ["tests/training/test_trainer.py"],
     "kernels": ["tests/kernels", "--ignore=tests/kernels/triton", "--ignore=tests/kernels/test_lower_code_paths.py"],
-    "triton": ["tests/kernels/triton", "tests/kernels/test_triton_operators.py"],
+    "triton": [
+        "tests/kernels/triton/test_interpreter.py",
+        "tests/kernels/triton",
+        "tests/kernels/test_triton_operators.py",
+    ],
     "errors": ["tests/test_command.py"],
 }
 WHOLE = ("tests/test_defaults.py", "tests/test_rooms.py")  # look at what all modules made when they were imported
@@ -368,6 +372,8 @@ def refused(tree: Path, paths: list[str], linter: str) -> bool:
 def suites(path: str, tree: Path) -> Iterator[tuple[str, ...]]:
     """The tests to run, those that most likely fail first."""
     near = beside(path)
+    if "/triton/" in path:
+        yield near[:1]  # without the slow ones
     if all((tree / test).exists() for test in near if not test.startswith("-")):
         yield near
     if not path.startswith(("pipelines/", "csrc/", "chargpt/kernels/")):
