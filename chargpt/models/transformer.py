@@ -201,7 +201,8 @@ class Transformer(LanguageModel):
 
     def forward(self, idx: torch.Tensor, targets: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
         parts = self.hidden, self.loss, self._head  # a subclass, or an object, may have its own
-        own = tuple(getattr(part, "__func__", None) for part in parts) == _PARTS
+        usual = Transformer.hidden, Transformer.loss, Transformer._head
+        own = tuple(getattr(part, "__func__", None) for part in parts) == usual
         if self.head is not None or not own or not pays(self.token_embedding, idx):
             return super().forward(idx, targets, reduction)
         x, table = embed_and_keep(self.token_embedding.weight, idx)
@@ -290,6 +291,3 @@ class Transformer(LanguageModel):
                 nn.init.uniform_(module.weight, -bound, bound, generator=generator)
             if bias is not None:
                 nn.init.zeros_(bias)
-
-
-_PARTS = Transformer.hidden, Transformer.loss, Transformer._head
