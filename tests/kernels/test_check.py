@@ -86,6 +86,18 @@ def test_the_kernels_here_pass(small: None) -> None:
     assert all(one.speed > 0 and one.checks >= 2 for one in found.values())
 
 
+def test_every_case_has_something_to_compute() -> None:
+    cases = check._cases("cpu")
+    assert cases.keys() == OPERATIONS
+    for operation in OPERATIONS - {"causal_attention", "softmax_cross_entropy"}:  # whose odd cases are shared
+        assert all(x.numel() for case in cases[operation] for x in case.inputs(torch.float32))
+    for case in cases["linear_cross_entropy"]:
+        ignored = case.options["targets"] == -100
+        assert ignored.any()
+        assert not ignored.all()
+        assert case.options["targets"].max() > 0
+
+
 def test_the_ratio_of_speeds_is_that_of_the_least_times(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, took = [0.0], {"slow": iter([9.0, 6.0, 7.0]), "fast": iter([2.0, 3.0, 2.5])}
 
