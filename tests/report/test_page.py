@@ -169,6 +169,13 @@ def test_the_last_loss_of_every_run_is_inside_the_drawing() -> None:
     assert all(0 <= y <= 1000 for y in ends)
 
 
+def test_what_came_before_the_ends_may_leave_the_drawing() -> None:
+    """One loss of 100 at the beginning would press all others together."""
+    falling = [CurvePoint(n, 10 * n, float(n), None, 100.0 if n == 1 else 3 - n / 50) for n in range(1, 41)]
+    labels = [float(label) for _, label in curve_chart([Curve.of(0, 1, falling)]).y_ticks]
+    assert 2.2 <= min(labels) < max(labels) <= 3
+
+
 def test_a_long_training_curve_is_thinned_out_to_means_that_end_where_it_ends() -> None:
     curve = Curve.of(0, 1, points(2.0, steps=20_000))
     assert 40 < len(curve.train) <= 80

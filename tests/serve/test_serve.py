@@ -27,7 +27,7 @@ from chargpt.config import SampleConfig
 from chargpt.evaluation import sliding_loss
 from chargpt.generation import Generator
 from chargpt.serve.engine import Job, ModelEngine, scores
-from chargpt.serve.listen import bind
+from chargpt.serve.listen import bind, configured
 from serving import TOKENIZER, Running, Served, made
 
 
@@ -299,6 +299,10 @@ def test_threads_that_hinder_one_another_are_not_used(monkeypatch: pytest.Monkey
     engine.close()
     later = used[len(used) // 2 :]
     assert later.count(1) > later.count(2)  # which is tried again now and then
+
+
+def test_the_server_does_not_say_what_it_is() -> None:
+    assert not configured(lambda *_: None).server_header  # type: ignore[arg-type]
 
 
 def test_what_all_streams_gain_in_a_burst_comes_in_one_call() -> None:
