@@ -111,6 +111,13 @@ def test_each_use_alone_has_its_gradient_and_it_is_dense() -> None:
     assert rows.layout == head.layout == expanded.layout == torch.strided
 
 
+def test_narrow_ids_give_the_same_bits() -> None:
+    tied, (idx, targets) = model(), batch()
+    table = tied.token_embedding.weight
+    wide, narrow = (torch.autograd.grad(tied(x, targets), table)[0] for x in (idx, idx.int()))
+    assert torch.equal(wide, narrow)
+
+
 def test_a_hook_sees_the_whole_gradient() -> None:
     tied, (idx, targets) = model(), batch()
     seen: list[Tensor] = []

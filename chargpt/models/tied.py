@@ -17,8 +17,7 @@ from chargpt.kernels.ops.common import is_batched, only_reference
 def embed_and_keep(table: Tensor, idx: Tensor) -> tuple[Tensor, Tensor]:
     """Rows (…, C) of a table (V, C) for `idx` (…), and the table for the head of the same pass.
 
-    Autograd adds the rows' gradients, once for each token that was read, to the head's, in place if nobody else holds
-    that.
+    Autograd adds the gradient of each row that was read to the head's gradient, in place if nobody else holds that.
     """
     return _EmbedAndKeep.apply(table, table, idx)  # type: ignore[no-untyped-call, no-any-return]
 
