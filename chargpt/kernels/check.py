@@ -26,7 +26,7 @@ from chargpt.kernels.ops.qkv_heads import qkv_heads
 
 SEED = 2026
 DTYPES = (torch.float32, torch.bfloat16)
-MARGIN = 8.0  # times the error of the reference in the same dtype
+MARGIN = 8.0  # times the error of the reference in the same dtype, which in one draw may be lucky: 4.3 was seen
 UNITS = 8.0  # in the last place: an error that is always allowed
 ROUNDS = 20  # of timing
 

@@ -28,13 +28,12 @@ def pays(embedding: nn.Module, idx: Tensor) -> bool:
     """
     if type(embedding) is not nn.Embedding or getattr(embedding.forward, "__func__", None) is not nn.Embedding.forward:
         return False
-    hooks = (
-        *(embedding._forward_hooks, embedding._forward_pre_hooks),
-        *(embedding._backward_hooks, embedding._backward_pre_hooks),
-    )
-    options = embedding.max_norm, embedding.padding_idx, embedding.scale_grad_by_freq or None, embedding.sparse or None
-    hooked = any(hooks) or _has_any_global_hook()  # type: ignore[no-untyped-call]
-    if hooked or options != (None,) * 4:
+    forward, backward = embedding._forward_hooks, embedding._backward_hooks
+    hooked = forward or backward or embedding._forward_pre_hooks or embedding._backward_pre_hooks
+    if hooked or _has_any_global_hook():  # type: ignore[no-untyped-call]
+        return False
+    limited = embedding.max_norm is not None or embedding.padding_idx is not None
+    if limited or embedding.scale_grad_by_freq or embedding.sparse:
         return False
     table = embedding.weight
     learns = torch.is_grad_enabled() and table.requires_grad
